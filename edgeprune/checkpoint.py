@@ -1,0 +1,144 @@
+"""Reads a Hugging Face folder tensor by tensor: safetensors only, never pickle, no torch, one tensor in memory.
+
+The safetensors header is read and checked here rather than by the library, because numpy knows no bfloat16 and
+because a model file is hostile input: every offset must lie inside the file.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.errors import BadInput
+from edgeprune.files import read_json, sha256
+from edgeprune.shape import ModelShape, shape_from_config
+
+# A tokenizer that came from a GGUF file stays beside the checkpoint, as a GGUF file without tensors, so that it can
+# be written into the next GGUF file verbatim.
+GGUF_TOKENIZER = "tokenizer.gguf"
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_HEADER_LIMIT = 100 << 20  # bytes; the library's own limit
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    remedy = "download or convert the checkpoint again"
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+            raise BadInput("truncated or not a safetensors file", where=file, remedy=remedy)
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            raise BadInput("safetensors header is not JSON", where=file, remedy=remedy) from error
+    if not isinstance(header, dict):
+        raise BadInput("safetensors header is not an object", where=file, remedy=remedy)
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, item in header.items():
+        try:
+            dtype, dimensions = item["dtype"], tuple(item["shape"])
+            start, stop = item["data_offsets"]
+            whole = all(type(n) is int and n >= 0 for n in (*dimensions, start, stop))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"tensor {name!r} has no dtype, shape and offsets", where=file, remedy=remedy) from error
+        if dtype not in _DTYPES:
+            raise BadInput(f"tensor {name!r} has dtype {dtype}", where=file, remedy=f"supported: {', '.join(_DTYPES)}")
+        if (
+            not whole
+            or stop - start != math.prod(dimensions) * np.dtype(_DTYPES[dtype]).itemsize
+            or 8 + length + stop > size
+        ):
+            raise BadInput(f"tensor {name!r} does not lie inside the file", where=file, remedy=remedy)
+        entries[name] = _Entry(file, 8 + length + start, dtype, dimensions)
+    return entries
+
+
+class Checkpoint:
+    """A folder with `config.json` and `*.safetensors`.
+
+    Args:
+        folder: the folder; a sharded checkpoint is read through all its safetensors files.
+
+    Raises:
+        BadInput: no folder, no or only pickled weights, a broken file, or an unsupported family.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise BadInput("no such folder", where=folder)
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+        self.files = sorted(folder.glob("*.safetensors"))
+        if not self.files:
+            pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
+            if pickles:
+                raise BadInput(
+                    f"pickled weights ({pickles[0]}) are refused: loading them runs code",
+                    where=folder,
+                    remedy="convert the checkpoint to safetensors",
+                )
+            raise BadInput("no *.safetensors file", where=folder)
+        self.shape: ModelShape = shape_from_config(self.config, where=folder / "config.json")
+        self._entries: dict[str, _Entry] = {}
+        for file in self.files:
+            self._entries.update(_read_header(file))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def dimensions(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return self._entry(name).shape
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise BadInput(
+                f"no tensor {name!r}", where=self.folder, remedy="the checkpoint does not match its config.json"
+            )
+        return self._entries[name]
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        """One tensor as float32, in memory of its own.
+
+        Raises:
+            BadInput: there is no such tensor.
+        """
+        entry = self._entry(name)
+        count = math.prod(entry.shape)
+        raw = np.fromfile(entry.file, dtype=_DTYPES[entry.dtype], count=count, offset=entry.offset)
+        if entry.dtype == "BF16":
+            values = (raw.astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = raw.astype(np.float32, copy=False)
+        return values.reshape(entry.shape)
+
+    def hash(self) -> str:
+        """SHA-256 over the config and the weights' bytes: the identity of the model in caches and records."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.files:
+            digest.update(sha256(file).encode())
+        return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""A checkpoint folder becomes a file that a stock runtime loads."""

@@ -1,0 +1,51 @@
+"""Runtimes behind one small protocol. Nothing here but `pytorch` imports torch: a board needs none."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import cast
+
+from edgeprune.errors import BadInput, unknown
+from edgeprune.runtimes.base import Runtime
+
+# A new runtime is one module and one entry: name -> (module, class). The class is constructed with
+# (path: Path, *, n_ctx: int, threads: int).
+RUNTIMES: dict[str, tuple[str, str]] = {
+    "llamacpp": ("edgeprune.runtimes.llamacpp", "LlamaCpp"),
+    "onnxruntime": ("edgeprune.runtimes.ort", "OnnxRuntime"),
+    "pytorch": ("edgeprune.runtimes.pytorch", "PyTorch"),
+}
+
+
+def runtime_for(path: Path) -> str:
+    """The name of the runtime that loads `path`: a .gguf file, a folder with an ONNX model, or a checkpoint folder.
+
+    Raises:
+        BadInput: there is no such path, or no runtime loads it.
+    """
+    if not path.exists():
+        raise BadInput("no such file or folder", where=path)
+    if path.is_file() and path.suffix == ".gguf":
+        return "llamacpp"
+    if path.is_dir():
+        if (path / "model.onnx").is_file():
+            return "onnxruntime"
+        if (path / "config.json").is_file():
+            return "pytorch"
+    raise BadInput(
+        "not a model", where=path, remedy="give a .gguf file, a folder with model.onnx, or a Hugging Face folder"
+    )
+
+
+def open_runtime(path: Path, *, n_ctx: int, threads: int, name: str | None = None) -> Runtime:
+    """Load `path` in the runtime `name` (default: the one its kind asks for).
+
+    Raises:
+        BadInput: an unknown runtime, a bad file, or a package that is not installed (the message names the extra).
+    """
+    name = name or runtime_for(path)
+    if name not in RUNTIMES:
+        raise unknown("runtime", name, RUNTIMES)
+    module, attribute = RUNTIMES[name]
+    return cast(Runtime, getattr(importlib.import_module(module), attribute)(path, n_ctx=n_ctx, threads=threads))
