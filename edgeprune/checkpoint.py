@@ -114,6 +114,10 @@ class Checkpoint:
         """The shape of a tensor, without reading it."""
         return self._entry(name).shape
 
+    def dtype(self, name: str) -> str:
+        """The number format of a tensor as stored: "F64", "F32", "F16" or "BF16"."""
+        return self._entry(name).dtype
+
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
             raise BadInput(

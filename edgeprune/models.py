@@ -1,0 +1,157 @@
+"""From what the user names (a hub id, a folder, a GGUF file, a demo name) to a checkpoint folder and a torch model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
+from edgeprune.errors import BadInput, missing_extra, unknown
+from edgeprune.fetch import DEMO_MODELS, demo_model
+from edgeprune.files import cache_dir, sha256
+from edgeprune.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+Say = Callable[[str], None]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Everything a model needs and nothing that can run code: no pickles, no Python files.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md"]
+# Beside the weights and the config: what belongs to a model and is copied along when the model is changed.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    GGUF_TOKENIZER,
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: the torch module (float32, evaluation mode), its tokenizer, and the folder it came from."""
+
+    module: torch.nn.Module
+    tokenizer: Any
+    folder: Path
+    shape: ModelShape
+    hash: str
+
+
+def resolve(name: str, *, say: Say | None = None) -> Path:
+    """A local path for `name`: a demo name, an existing folder or .gguf file, or a hub id (downloaded and cached).
+
+    Raises:
+        BadInput: nothing of that name, a kind of file that is refused, or a hub that does not give it.
+    """
+    if name in DEMO_MODELS:
+        return demo_model(name, say=say)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
+            raise BadInput(
+                "pickled weights are refused: loading them runs code",
+                where=path,
+                remedy="convert them to safetensors and give the folder",
+            )
+        raise BadInput("not a model file", where=path, remedy="give a .gguf file or a folder with config.json")
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+        raise BadInput("no such file or folder", where=path)
+    if _HUB_ID.fullmatch(name):
+        return _from_hub(name)
+    raise unknown("model", name, DEMO_MODELS)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError as error:
+        raise missing_extra("huggingface_hub", "prune") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"the hub has no model {name!r}, or it is private", remedy="check the name or log in") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BadInput(
+            f"the hub could not give {name!r} ({type(error).__name__}), and it is not in the local cache",
+            remedy="check the network, or download the model and give its folder",
+        ) from error
+
+
+def checkpoint_folder(path: Path, *, say: Say | None = None) -> Path:
+    """A Hugging Face folder for `path`: itself, or a GGUF file dequantised once into the cache.
+
+    Raises:
+        BadInput: a broken file or an unsupported family.
+    """
+    if path.is_dir():
+        return path
+    from edgeprune.gguf_checkpoint import gguf_to_folder
+
+    folder = cache_dir() / "checkpoints" / sha256(path)[:16]
+    if not (folder / "config.json").exists():
+        if say:
+            say(f"dequantising {path.name}")
+        gguf_to_folder(path, folder)
+    return folder
+
+
+def load(name: str | Path, *, say: Say | None = None) -> Model:
+    """Load a model for scoring and pruning, in float32 on the CPU.
+
+    Raises:
+        BadInput: as `resolve`; also weights that do not match the config (nothing is ever re-initialised).
+    """
+    folder = checkpoint_folder(resolve(str(name), say=say), say=say)
+    checkpoint = Checkpoint(folder)
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise missing_extra(error.name or "torch", "prune") from error
+    try:
+        module, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"transformers cannot load it ({reason})", where=folder) from error
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise BadInput(
+            f"{len(wrong)} weights do not match config.json, first {wrong[0]!r}",
+            where=folder,
+            remedy="get the checkpoint again; weights are never made up",
+        )
+    module.eval()
+    return Model(module, tokenizer, folder, checkpoint.shape, checkpoint.hash())
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files that belong to a model beside its weights (tokenizer, chat template, licence)."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

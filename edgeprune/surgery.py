@@ -1,0 +1,153 @@
+"""Applies a prune plan to a checkpoint, tensor by tensor: one tensor in memory at a time beside a shard being filled.
+
+The pruned checkpoint is an ordinary Hugging Face folder that stock transformers loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.errors import BadInput
+from edgeprune.families import Family
+from edgeprune.files import atomic_folder, write_json
+from edgeprune.models import copy_companions
+from edgeprune.plan import LayerPlan, PrunePlan, check
+from edgeprune.shape import ModelShape
+
+PLAN_FILE = "prune_plan.json"
+_SHARD_BYTES = 2 << 30
+_TORCH_DTYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Progress = Callable[[int, int], None]
+Array = NDArray[np.float32]
+
+
+def rows_of_heads(heads: tuple[int, ...], head_dim: int) -> NDArray[np.int64]:
+    """Rows of a projection that belong to `heads`: (len(heads) · head_dim,)."""
+    return (np.asarray(heads, dtype=np.int64)[:, None] * head_dim + np.arange(head_dim)).reshape(-1)
+
+
+def keep(role: str, tensor: Array, layer: LayerPlan, head_dim: int) -> Array:
+    """What stays of one tensor of a layer.
+
+    Args:
+        role: a field of `Family`, e.g. "query".
+        tensor: the weight, (out, in), or the bias, (out,), of that role.
+        layer: what the layer keeps.
+        head_dim: width of a head.
+    """
+    if role == "query":
+        return tensor[rows_of_heads(layer.heads, head_dim)]
+    if role in ("key", "value"):
+        return tensor[rows_of_heads(layer.kv_heads, head_dim)]
+    if role in ("gate", "up"):
+        return tensor[list(layer.neurons)]
+    if tensor.ndim == 1:  # biases of output and down, and norms: as wide as the hidden state, which stays
+        return tensor
+    if role == "output":
+        return tensor[:, rows_of_heads(layer.heads, head_dim)]
+    if role == "down":
+        return tensor[:, list(layer.neurons)]
+    return tensor
+
+
+_PRUNED_ROLES = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+def roles(family: Family, n_layers: int) -> dict[str, tuple[int, str]]:
+    """Module path -> (layer, role) of every module that a plan changes."""
+    return {
+        family.in_layer(index, role): (index, role)
+        for index in range(n_layers)
+        for role in _PRUNED_ROLES
+        if getattr(family, role) is not None
+    }
+
+
+def pruned_tensors(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[str, Array]]:
+    """The tensors of the pruned model, one after the other, by their names in the checkpoint."""
+    places = roles(checkpoint.shape.family, len(checkpoint.shape.layers))
+    for name in checkpoint.names:
+        tensor = checkpoint.tensor(name)
+        module = name.rpartition(".")[0]
+        if module in places:
+            index, role = places[module]
+            tensor = np.ascontiguousarray(keep(role, tensor, plan.layers[index], checkpoint.shape.head_dim))
+        yield name, tensor
+
+
+def pruned_config(config: dict[str, Any], shape: ModelShape, *, dtype: str | None = None) -> dict[str, Any]:
+    """`config.json` of the pruned model: `shape` is its shape; code references are left out.
+
+    Raises:
+        BadInput: layers of different widths, which this schema cannot hold.
+    """
+    if not shape.uniform:
+        raise BadInput("layers of different widths have no place in a stock config.json", remedy="use a uniform plan")
+    layer = shape.layers[0]
+    changed = {
+        "num_attention_heads": layer.heads,
+        "num_key_value_heads": layer.kv_heads,
+        "intermediate_size": layer.neurons,
+        # After pruning, heads · head_dim is no longer the hidden size, so the default (hidden / heads) is wrong.
+        "head_dim": shape.head_dim,
+    }
+    if dtype:
+        changed["torch_dtype"] = dtype
+    return {k: v for k, v in config.items() if k not in ("auto_map", "dtype")} | changed
+
+
+def _save_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, progress: Progress | None) -> None:
+    shard: dict[str, torch.Tensor] = {}
+    weight_map: dict[str, str] = {}
+    files: list[Path] = []
+
+    def flush() -> None:
+        files.append(folder / f"model-{len(files) + 1:05d}.safetensors")
+        save_file(shard, files[-1], metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, files[-1].name))
+        shard.clear()
+
+    total = 0
+    for done, (name, tensor) in enumerate(pruned_tensors(checkpoint, plan), start=1):
+        stored = torch.from_numpy(tensor).to(_TORCH_DTYPES[checkpoint.dtype(name)])
+        if shard and sum(t.nbytes for t in shard.values()) + stored.nbytes > _SHARD_BYTES:
+            flush()
+        shard[name] = stored
+        total += stored.nbytes
+        if progress:
+            progress(done, len(checkpoint.names))
+    flush()
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def prune_checkpoint(source: Path, plan: PrunePlan, out: Path, *, progress: Progress | None = None) -> Path:
+    """Write the pruned checkpoint to the folder `out` (replaced when whole), in the source's number format.
+
+    Raises:
+        BadInput: the plan does not fit the checkpoint.
+        StageFailed: the disk is full.
+    """
+    checkpoint = Checkpoint(source)
+    check(plan, checkpoint.shape)
+    after = plan.shape_after(checkpoint.shape)
+    dtypes = {_TORCH_DTYPES[checkpoint.dtype(name)] for name in checkpoint.names}
+    dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
+    with atomic_folder(out) as temporary:
+        _save_shards(checkpoint, plan, temporary, progress)
+        write_json(temporary / "config.json", pruned_config(checkpoint.config, after, dtype=dtype))
+        plan.save(temporary / PLAN_FILE)
+        copy_companions(source, temporary)
+    return out

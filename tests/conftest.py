@@ -1,0 +1,119 @@
+"""Tiny random models of the real classes, and the demo model from the package registry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from edgeprune.fetch import demo_model
+from edgeprune.models import Model, load
+
+torch.set_num_threads(2)
+
+SENTENCES = [
+    "The kettle sings before the water boils, and nobody listens.",
+    "In 2019 the bridge carried 48,211 cars a day; in 2020 it carried half of that.",
+    "She'll say it's hers, they'd say it isn't: both can't be right.",
+    "def add(a, b):\n    return a + b  # the sum\n",
+    "Übermäßig große Häuser stehen an der Straße nach Århus.",
+    "雨が降る前に帰りましょう。 Привет, мир! 🙂🚲",
+    "A list:\n\t- one\n\t- two\n\n\n   and three spaces before this.",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Caches and settings of the tests are their own; the wheels of the demo model stay where they are."""
+    wheels = Path(os.environ.get("EDGEPRUNE_CACHE") or Path.home() / ".cache" / "edgeprune")
+    base = tmp_path_factory.mktemp("user")
+    cache = base / "cache"
+    cache.mkdir()
+    for name in ("wheels", "models"):
+        (wheels / name).mkdir(parents=True, exist_ok=True)
+        (cache / name).symlink_to(wheels / name)
+    os.environ["EDGEPRUNE_CACHE"] = str(cache)
+    os.environ["XDG_CONFIG_HOME"] = str(base / "config")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def save_tokenizer(folder: Path, vocab_size: int = 512) -> int:
+    """Train a byte-level BPE tokenizer on a few sentences and save it in Hugging Face format; its size."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    fast.save_pretrained(folder)
+    return int(tokenizer.get_vocab_size())
+
+
+def save_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Save a tiny random LLaMA with a tokenizer of its own in Hugging Face format."""
+    vocab = save_tokenizer(folder)
+    config = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": 0.08,
+    }
+    torch.manual_seed(seed)
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(config | changes)))
+    with torch.no_grad():  # norms and biases of their own, so that a test can see them
+        for name, parameter in module.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    module.to(dtype).save_pretrained(folder)
+    return folder
+
+
+MakeLlama = Callable[..., Path]
+
+
+@pytest.fixture
+def make_llama(tmp_path: Path) -> MakeLlama:
+    """A function that saves a tiny random LLaMA; keyword arguments change its config."""
+    count = iter(range(100))
+    return lambda **changes: save_llama(tmp_path / f"llama{next(count)}", **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA with grouped-query attention, tied; not to be written to."""
+    return save_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> Model:
+    """`tiny_folder`, loaded."""
+    return load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model's GGUF file, fetched from the package registry at first use."""
+    return demo_model("demo")
