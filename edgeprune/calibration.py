@@ -23,6 +23,7 @@ from edgeprune.models import Model
 
 SCHEMA_VERSION = 1
 SELF_GENERATED = "self-generated"
+HELD_OUT_SEED = 1 << 20  # of text to judge on: far from any seed that calibration text is written with
 _PREFIX_TOKENS = 2  # random words the model continues: enough to vary the topic
 _SURPLUS = 1.5  # texts written for each text kept; those of highest perplexity go
 _ROWS_AT_ONCE = 48  # texts written side by side: one read of the weights serves them all
@@ -139,7 +140,7 @@ def take(model: Model, texts: Iterator[str], source: str, *, count: int, length:
     ids: list[torch.Tensor] = []
     for text in texts:
         tokens = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-        ids += [piece for piece in tokens.split(length) if len(piece) >= min(length, 8)]
+        ids += [piece for piece in torch.split(tokens, length) if len(piece) >= min(length, 8)]
         if len(ids) >= count:
             break
     ids = ids[:count]

@@ -155,7 +155,7 @@ def rotary_frequencies(shape: ModelShape) -> NDArray[np.float64]:
     `high_freq_factor` kept, those between interpolated.
     """
     exponent = np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim
-    frequencies = shape.rope_theta**-exponent
+    frequencies: NDArray[np.float64] = np.power(shape.rope_theta, -exponent)
     scaling = shape.rope_scaling
     if scaling is None:
         return frequencies

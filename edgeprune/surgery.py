@@ -108,12 +108,12 @@ def pruned_config(config: dict[str, Any], shape: ModelShape, *, dtype: str | Non
 def _save_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, progress: Progress | None) -> None:
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
-    files: list[Path] = []
+    written: list[Path] = []
 
     def flush() -> None:
-        files.append(folder / f"model-{len(files) + 1:05d}.safetensors")
-        save_file(shard, files[-1], metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, files[-1].name))
+        written.append(folder / f"model-{len(written) + 1:05d}.safetensors")
+        save_file(shard, written[-1], metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, written[-1].name))
         shard.clear()
 
     total = 0
@@ -126,8 +126,8 @@ def _save_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, progress
         if progress:
             progress(done, len(checkpoint.names))
     flush()
-    if len(files) == 1:
-        files[0].rename(folder / "model.safetensors")
+    if len(written) == 1:
+        written[0].rename(folder / "model.safetensors")
     else:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)

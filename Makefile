@@ -1,0 +1,65 @@
+# Two commands for a fresh machine: `make fit` (the main job on the demo model) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Packages are pinned for CI and for these targets; `pip install .` alone takes the lower bounds of pyproject.toml.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help fit test test-slow lint format install install-dev benchmarks clean
+
+help:
+	@echo "make fit         install, then run the main job on the demo model for a Raspberry Pi 5"
+	@echo "make test        install with the test extra, then run the tests"
+	@echo "make test-slow   the tests that take minutes"
+	@echo "make lint        ruff and mypy"
+	@echo "make benchmarks  measure again what the README's tables show (EDGEPRUNE_DATA names the data folder)"
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
+	@touch $@
+
+# torch first and by exact version: a range would pull gigabytes of CUDA where a CPU build is at hand. llama-cpp-python
+# compiles here, without its multimodal part; pip keeps the wheel for the next time.
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	CMAKE_ARGS="-DMTMD_BUILD=OFF $$CMAKE_ARGS" $(PIP) install --quiet -c constraints.txt -e ".[all]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+# 150 tokens/s in 256 MiB: more than the dense model reaches there with any quantisation, so pruning must find the rest.
+fit: install
+	$(BIN)/edgeprune fit --device rpi5 --min-tps 150 --max-memory 256
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+test-slow: install-dev
+	$(BIN)/python -m pytest -m slow
+
+# mypy follows no import hooks, so it gets the package laid out as an installed one, by links.
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typed && mkdir -p build/typed/edgeprune
+	@for f in edgeprune/*; do ln -s "$$PWD/$$f" build/typed/edgeprune/; done
+	@for d in export runtimes profiles; do ln -s "$$PWD/$$d" build/typed/edgeprune/$$d; done
+	cd build && ../$(BIN)/mypy --config-file ../pyproject.toml
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: install-dev
+	$(BIN)/python benchmarks/amp.py --out build/amp.json
+	$(BIN)/python benchmarks/scoring.py --out build/scoring.json
+
+clean:
+	rm -rf build runs $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

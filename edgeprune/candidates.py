@@ -1,0 +1,178 @@
+"""Candidates for a device: what could be shipped, what it is predicted to cost, and which deserve to be measured.
+
+Everything here is arithmetic on plans and profiles; nothing is exported or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from edgeprune.cost import Cost, bytes_read_per_token, judge, predict
+from edgeprune.devices import Budget, DeviceProfile
+from edgeprune.errors import BadInput
+from edgeprune.plan import PrunePlan
+from edgeprune.shape import ModelShape
+from edgeprune.targets import Target
+
+# Ratios tried by default, of all parameters. The steps are those of a 32-wide alignment on a small model, doubled;
+# beyond 60 % heads and neurons of a small model are nearly all gone.
+RATIOS = tuple(step / 40 for step in range(25))
+
+PlanFor = Callable[[float, int], PrunePlan]  # (ratio, alignment) -> plan
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that could be shipped, with its predicted cost."""
+
+    plan: PrunePlan
+    target: Target
+    shape: ModelShape
+    cost: Cost
+    reasons: tuple[str, ...]  # why it does not fit; empty if it does
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction meets the budget."""
+        return not self.reasons
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is removed."""
+        return self.plan.reached_ratio == 0.0
+
+    @property
+    def name(self) -> str:
+        """A short name, unique among the candidates of one run and fit for a file name."""
+        share = "dense" if self.dense else f"pruned{100 * self.plan.reached_ratio:.1f}"
+        return f"{share}-{self.target.quantisation}"
+
+    def __str__(self) -> str:
+        share = "dense" if self.dense else f"{100 * self.plan.reached_ratio:.1f} % pruned"
+        return f"{share}, {self.target}"
+
+    @property
+    def plan_hash(self) -> str:
+        """Identity of what is kept."""
+        layers = json.dumps([asdict(layer) for layer in self.plan.layers])
+        return hashlib.sha256(layers.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The candidate as it stands in the record, without the lists of indices."""
+        layer = self.shape.layers[0]
+        return {
+            "name": self.name,
+            "plan": {
+                "method": self.plan.method,
+                "asked_ratio": self.plan.asked_ratio,
+                "reached_ratio": self.plan.reached_ratio,
+                "sha256": self.plan_hash,
+                "heads": layer.heads,
+                "kv_heads": layer.kv_heads,
+                "neurons": layer.neurons,
+                "parameters": self.shape.parameters,
+            },
+            "quantisation": self.target.quantisation,
+            "runtime": self.target.runtime,
+            "threads": self.cost.threads,
+            "predicted": asdict(self.cost),
+            "fits": self.fits,
+            "reasons": list(self.reasons),
+            "notes": list(self.notes),
+        }
+
+
+def cost_of(
+    shape: ModelShape, target: Target, profile: DeviceProfile, budget: Budget, *, threads: int | None = None
+) -> Cost:
+    """Predicted cost of a model of `shape` exported to `target`.
+
+    Raises:
+        BadInput: the profile has no figure for the target's runtime.
+    """
+    parts = target.format.parts(shape, target.quantisation)
+    weights = sum(parts.values())
+    return predict(
+        profile,
+        runtime=target.runtime,
+        bytes_per_token=bytes_read_per_token(parts, tied=shape.tied, vocab=shape.vocab),
+        n_layers=len(shape.layers),
+        weights_bytes=weights,
+        kv_bytes=shape.kv_cache_bytes(budget.context, bytes_per_value=4.0 if target.runtime == "onnxruntime" else 2.0),
+        repack_bytes=target.format.repacked(shape, target.quantisation),
+        threads=threads,
+        context=budget.context,
+        parameters=shape.parameters,
+        quantisation=target.quantisation,
+    )
+
+
+def candidates_for(
+    shape: ModelShape,
+    plan_for: PlanFor,
+    targets: Sequence[Target],
+    profile: DeviceProfile,
+    budget: Budget,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    threads: int | None = None,
+) -> list[Candidate]:
+    """Every ratio with every target, dense first; those that do not fit say why.
+
+    Targets of a runtime the profile has no figure for are left out. A ratio that heads and neurons cannot reach, or
+    that rounds to a plan already there, is skipped.
+
+    Raises:
+        BadInput: no target is left.
+    """
+    usable = [target for target in targets if profile.backend_for(target.runtime) is not None]
+    if not usable:
+        raise BadInput(
+            f"the profile has no figure for {', '.join(sorted({t.runtime for t in targets}))}",
+            where=profile.name,
+            remedy="choose another --runtime or quantisation",
+        )
+    found: list[Candidate] = []
+    for target in usable:
+        seen = set()
+        for ratio in sorted({0.0, *ratios}):
+            try:
+                plan = plan_for(ratio, target.format.alignment(target.quantisation))
+            except BadInput:
+                break  # out of reach, and so is every larger one
+            if plan.reached_ratio in seen:
+                continue
+            seen.add(plan.reached_ratio)
+            after = plan.shape_after(shape)
+            cost = cost_of(after, target, profile, budget, threads=threads)
+            notes = tuple(target.format.fallbacks(after, target.quantisation))
+            found.append(Candidate(plan, target, after, cost, tuple(judge(cost, budget, profile)), notes))
+    return found
+
+
+def worth_measuring(candidates: Sequence[Candidate], limit: int) -> list[Candidate]:
+    """The candidates whose quality must be measured to choose, at most `limit`.
+
+    Of one target, a less pruned model is the better one, so only its least pruned candidate that fits can win. They
+    are ordered by how little is removed, then by bits kept: removing costs more than rounding. This is an order of
+    search, not a figure: the choice is by measured quality. Each runtime keeps at least its first.
+    """
+    first: dict[str, Candidate] = {}
+    for candidate in sorted(candidates, key=lambda c: c.plan.reached_ratio):
+        if candidate.fits:
+            first.setdefault(candidate.target.quantisation, candidate)
+    ordered = sorted(first.values(), key=lambda c: (c.plan.reached_ratio, -c.cost.file_mib))
+    chosen = ordered[:limit]
+    for runtime in {c.target.runtime for c in ordered} - {c.target.runtime for c in chosen}:
+        chosen[-1:] = [next(c for c in ordered if c.target.runtime == runtime)]
+    return chosen
+
+
+def nearest_miss(candidates: Sequence[Candidate]) -> Candidate:
+    """Of candidates none of which fits, the one that breaks the fewest limits, and is fastest among those."""
+    return min(candidates, key=lambda c: (len(c.reasons), -c.cost.decode_tps.value))

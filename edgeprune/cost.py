@@ -1,0 +1,225 @@
+"""What a model costs on a device: speed, memory and file size, predicted with intervals. Pure arithmetic.
+
+Speed of decoding (one token):  t = (W + K) / B + f + n·c
+with W the weight bytes read, K the cache bytes read, B the effective bandwidth, f and c the fixed terms of the device's
+profile and n the layers. Prompt processing is bound by arithmetic: t = parameters / P a token, P by quantisation.
+Memory is a cliff: beyond what the device can hold, a model does not run slower but (almost) not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from edgeprune.devices import Backend, Budget, Decode, DeviceProfile, Figure, PositiveFigure
+from edgeprune.errors import BadInput, unknown
+
+MIB = 1 << 20
+# llama-bench's tg128 generates 128 tokens from an empty cache: 64 cached tokens on average.
+DEFAULT_DEPTH = 64
+
+# Peak memory of the process (VmHWM) beyond weights, cache at full context and repacked copies, in MiB: interpreter,
+# libraries, activations of one batch. Measured through `edgeprune.runtimes` on SmolLM2-135M, x86, 2 threads, contexts
+# of 512 and 2048, prompts of 128 and 512 tokens.
+OVERHEAD_MIB: Mapping[str, Figure] = {
+    "llamacpp": Figure(
+        value=75,
+        low=65,
+        high=95,
+        kind="measured",
+        source="llama-cpp-python 0.3.36: F16, Q8_0, Q4_K_M, Q4_1 68-87 MiB; Q4_0 67-78 beside its repacked copy",
+    ),
+    "onnxruntime": Figure(
+        value=120,
+        low=90,
+        high=165,
+        kind="measured",
+        source="onnxruntime 1.32, int4 fused graph: 115-133 MiB, weights packed anew at load among it",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted number with its interval; never to be shown as a measurement."""
+
+    value: float
+    low: float
+    high: float
+
+    kind: Literal["predicted"] = "predicted"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.value <= self.high:
+            raise ValueError(f"needs 0 <= low <= value <= high, found {self.low}, {self.value}, {self.high}")
+
+    def __str__(self) -> str:
+        """The value with its interval: "110 (101–118)"."""
+        value, low, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in (self.value, self.low, self.high))
+        return f"{value} ({low}–{high})"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs on one device. Speeds in tokens/s; prefill is None where the profile has no figure."""
+
+    decode_tps: Prediction
+    prefill_tps: Prediction | None
+    memory_mib: Prediction
+    file_mib: float
+    runtime: str
+    backend: str
+    threads: int
+    context: int
+
+
+def bytes_read_per_token(parts: Mapping[str, int], *, tied: bool, vocab: int) -> int:
+    """Bytes of weights that generating one token reads.
+
+    Args:
+        parts: bytes by part of the model. "embedding" is the token embedding, of which an untied model reads one
+            row; every other part ("head", "attention", "mlp", "norms", ...) is read in full.
+        tied: the head is the embedding's tensor, which is then read in full (and once: the row is among it).
+        vocab: rows of the embedding.
+
+    Raises:
+        BadInput: no vocabulary, or a negative size.
+    """
+    if vocab < 1 or any(size < 0 for size in parts.values()):
+        raise BadInput("a model's parts need sizes of at least 0 and a vocabulary of at least 1")
+    total = sum(parts.values())
+    if tied:
+        return total
+    embedding = parts.get("embedding", 0)
+    return total - embedding + -(-embedding // vocab)
+
+
+def _interval(figure: Figure | None) -> tuple[float, float, float]:
+    return (0.0, 0.0, 0.0) if figure is None else (figure.low, figure.value, figure.high)
+
+
+def effective_bandwidth(profile: DeviceProfile, decode: Decode, backend: Backend, threads: int) -> PositiveFigure:
+    """Effective decode bandwidth in 10^9 bytes/s at `threads` threads.
+
+    On the CPU it is bound by the memory and by the cores: fewer threads than the profile's reach at most `threads`
+    times one thread's bandwidth; threads on small cores make the big ones wait for them (Dimensity 7300: 6.5 GB/s on
+    all eight cores, 13 on the four big ones).
+    """
+    full, best = decode.gbs, profile.threads
+    if backend != "cpu" or threads == best:
+        return full
+    if threads < best:
+        share = threads / best
+        low, value, high = full.low * share, full.value * share, full.high
+        if decode.one_thread_gbs is not None:
+            one = decode.one_thread_gbs
+            low, value, high = (
+                min(full.low, one.low),  # more threads do not make it slower than one
+                min(full.value, one.value * threads),
+                min(full.high, one.high * threads),
+            )
+        source = f"{full.source}; scaled to {threads} of {best} threads"
+        return PositiveFigure(value=value, low=low, high=high, kind="derived", source=source)
+    if threads > profile.cpu.big_cores.value:
+        source = f"{full.source}; {threads} threads reach beyond the big cores"
+        return PositiveFigure(
+            value=full.value * 0.7, low=full.low * 0.45, high=full.high, kind="derived", source=source
+        )
+    return full
+
+
+def predict(
+    profile: DeviceProfile,
+    *,
+    runtime: str,
+    bytes_per_token: float,
+    n_layers: int,
+    weights_bytes: int,
+    kv_bytes: int,
+    repack_bytes: int = 0,
+    threads: int | None = None,
+    context: int = 2048,
+    file_bytes: int | None = None,
+    depth: int = DEFAULT_DEPTH,
+    parameters: int | None = None,
+    quantisation: str | None = None,
+) -> Cost:
+    """Predict what a model costs on a device.
+
+    Args:
+        runtime: "llamacpp" or another that the profile knows.
+        bytes_per_token: weight bytes read for one token (`bytes_read_per_token`).
+        n_layers: decoder layers.
+        weights_bytes: bytes of all weights in memory.
+        kv_bytes: bytes of the key/value cache at `context` tokens, in the runtime's own type.
+        repack_bytes: bytes of weights that the runtime copies into another layout at load; llama.cpp does so with
+            the Q4_0 tensors of the layers, and keeps the mapped file beside them.
+        threads: CPU threads (default: the profile's).
+        context: tokens the cache is made for.
+        file_bytes: size of the file (default: `weights_bytes`).
+        depth: tokens in the cache while decoding, on average (default: as llama-bench's tg128).
+        parameters, quantisation: for the prefill; without them it is None.
+
+    Raises:
+        BadInput: a number out of range, or the profile has no figure for `runtime`.
+    """
+    numbers = (n_layers, weights_bytes, kv_bytes, repack_bytes, depth)
+    if not bytes_per_token > 0 or min(numbers) < 0 or context < 1 or (threads is not None and threads < 1):
+        raise BadInput("a cost needs positive bytes a token, a context and threads of at least 1, and no negative size")
+    backend = profile.backend_for(runtime)
+    if backend is None or runtime not in OVERHEAD_MIB:
+        supported = [name for name in OVERHEAD_MIB if profile.backend_for(name) is not None]
+        raise unknown(f"runtime on {profile.name}", runtime, supported)
+    decode = profile.decode[backend]
+    used = threads or profile.threads
+    bandwidth = effective_bandwidth(profile, decode, backend, used)
+    scale = profile.scale_for(runtime)
+    share = (1.0, 1.0, 1.0) if scale is None else _interval(scale.decode)
+    read = bytes_per_token + kv_bytes * min(depth, context) / context
+    fixed, layer = _interval(decode.fixed_ms), _interval(decode.layer_ms)
+
+    def seconds(gbs: float, efficiency: float, index: int) -> float:
+        return read / (gbs * efficiency * 1e9) + (fixed[index] + n_layers * layer[index]) / 1e3
+
+    decode_tps = Prediction(
+        value=1 / seconds(bandwidth.value, share[1], 1),
+        low=1 / seconds(bandwidth.low, share[0], 2),
+        high=1 / seconds(bandwidth.high, share[2], 0),
+    )
+    prefill = None
+    rates = profile.prefill.get(backend, {}) if runtime == "llamacpp" else {}
+    if parameters and quantisation in rates:
+        rate = rates[quantisation]
+        billions = parameters / 1e9
+        prefill = Prediction(rate.value / billions, rate.low / billions, rate.high / billions)
+    overhead = OVERHEAD_MIB[runtime]
+    held = (weights_bytes + kv_bytes + repack_bytes) / MIB
+    return Cost(
+        decode_tps=decode_tps,
+        prefill_tps=prefill,
+        memory_mib=Prediction(held + overhead.value, held + overhead.low, held + overhead.high),
+        file_mib=(weights_bytes if file_bytes is None else file_bytes) / MIB,
+        runtime=runtime,
+        backend=backend,
+        threads=used,
+        context=context,
+    )
+
+
+def judge(cost: Cost, budget: Budget, profile: DeviceProfile) -> list[str]:
+    """Why the model does not fit: one reason a limit it breaks, each naming what it lacks; empty if it fits.
+
+    Predicted values are judged by their middle. The device's own memory is always a limit.
+    """
+    reasons = []
+    if budget.min_tokens_per_s is not None and cost.decode_tps.value < budget.min_tokens_per_s:
+        reasons.append(f"needs {budget.min_tokens_per_s:.4g} tokens/s, predicted {cost.decode_tps}")
+    memory, usable = cost.memory_mib, profile.usable_memory_mib
+    if budget.max_memory_mib is not None and memory.value > budget.max_memory_mib:
+        reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, predicted {memory}")
+    if memory.value > usable:
+        reasons.append(f"{profile.name} holds {usable:.0f} MiB without swapping, predicted {memory}")
+    if budget.max_file_mib is not None and cost.file_mib > budget.max_file_mib:
+        reasons.append(f"file at most {budget.max_file_mib:.4g} MiB, predicted {cost.file_mib:.1f}")
+    return reasons

@@ -1,0 +1,152 @@
+"""What the command line prints: tables, progress, and one-line problems. Results go to standard output, the rest to
+standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from edgeprune.doctor import Check
+    from edgeprune.fit import Proposal
+    from edgeprune.inspection import Inspection
+
+# Where there is no terminal to fit into, tables get room for what they hold.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+errors = Console(stderr=True, highlight=False)
+
+
+def problem(text: str, *, kind: str = "error") -> None:
+    """Print one line on standard error; it is never wrapped, so it can be searched and copied."""
+    colour = "red" if kind == "error" else "yellow"
+    errors.print(f"[{colour}]{kind}:[/] {escape(' '.join(text.split()))}", soft_wrap=True)
+
+
+class Stages:
+    """Progress of a pipeline: a bar with an estimate for each stage, or plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=errors,
+            disable=not errors.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Stages:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report `done` of `total` of a stage; a total of 0 is a stage without steps."""
+        new = stage not in self._tasks
+        if new:
+            self._tasks[stage] = self._bars.add_task(escape(stage), total=total or None)
+            if not errors.is_terminal:
+                errors.print(f"{escape(stage)} …", soft_wrap=True)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text; `**bold**` as in Markdown is bold. Too narrow a terminal wraps cells, never cuts them."""
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(escape(name), overflow="fold", no_wrap=i == 0)
+    for row in rows:
+        bold = any(cell.startswith("**") for cell in row)
+        table.add_row(*(escape(cell.strip("*")) for cell in row), style="bold" if bold else None)
+    console.print(table)
+
+
+def print_proposal(proposal: Proposal) -> None:
+    """Print what `fit` is about to do."""
+    profile, budget = proposal.profile, proposal.budget
+    limits = [
+        f"≥ {budget.min_tokens_per_s:g} tokens/s" if budget.min_tokens_per_s else "",
+        f"≤ {budget.max_memory_mib:.0f} MiB memory" if budget.max_memory_mib else "",
+        f"≤ {budget.max_file_mib:.0f} MiB file" if budget.max_file_mib else "",
+        f"context {budget.context}",
+    ]
+    errors.print(
+        f"[bold]{escape(proposal.model)}[/] ({proposal.shape.parameters:,} parameters) "
+        f"for [bold]{profile.name}[/], {escape(profile.description)}",
+        soft_wrap=True,
+    )
+    errors.print(f"budget  {', '.join(limit for limit in limits if limit)}")
+    errors.print(
+        f"search  {len(proposal.candidates)} candidates, {proposal.n_feasible} predicted to fit, "
+        f"{len(proposal.to_measure)} to export and measure:"
+    )
+    for candidate in proposal.to_measure:
+        errors.print(
+            f"        {escape(str(candidate)):32} predicted {candidate.cost.decode_tps} tokens/s, "
+            f"{candidate.cost.memory_mib.value:.0f} MiB",
+            soft_wrap=True,
+        )
+    minutes = proposal.estimated_s / 60
+    errors.print(f"time    about {minutes:.0f} min" if minutes >= 1 else f"time    about {proposal.estimated_s:.0f} s")
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """Print the findings of `doctor`."""
+    marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: "·"}
+    for check in checks:
+        console.print(f"{marks[check.ok]} {escape(check.name):24} {escape(check.detail)}", soft_wrap=True)
+        if check.remedy:
+            console.print(f"  {'':24} → {escape(check.remedy)}", soft_wrap=True)
+
+
+def print_inspection(found: Inspection) -> None:
+    """Print what is in a model file."""
+    mib = 1 << 20
+    parameters = "" if found.parameters is None else f", {found.parameters:,} parameters"
+    console.print(f"[bold]{escape(found.path)}[/]", soft_wrap=True)
+    console.print(f"{found.format}, {found.family}, {found.file_bytes / mib:.1f} MiB{parameters}")
+    groups: list[list[Any]] = []
+    for index, layer in enumerate(found.layers):
+        if groups and groups[-1][2] == layer:
+            groups[-1][1] = index
+        else:
+            groups.append([index, index, layer])
+    rows = [[str(a) if a == b else f"{a}–{b}", str(w.heads), str(w.kv_heads), str(w.neurons)] for a, b, w in groups]
+    print_table("Widths", ("layers", "query heads", "key/value heads", "MLP neurons"), rows)
+    if found.bytes_by_part:
+        total = sum(found.bytes_by_part.values())
+        rows = [[k, f"{v / mib:.2f}", f"{100 * v / total:.1f} %"] for k, v in found.bytes_by_part.items() if v]
+        print_table("Bytes by part", ("part", "MiB", "share"), rows)
+    print_table("Tensors", ("type", "count"), [[k, str(v)] for k, v in found.types.items()])
+    print_table("Facts", ("key", "value"), [[k, v] for k, v in found.facts.items()])
+
+
+def figures_of(value: Any, prefix: str = "") -> list[list[str]]:
+    """Rows for every number of a device profile that carries its source, depth first."""
+    from pydantic import BaseModel
+
+    from edgeprune.devices import Figure
+
+    if isinstance(value, Figure):
+        interval = "" if value.low == value.high else f"{value.low:g}–{value.high:g}"
+        return [[prefix, f"{value.value:g}", interval, value.kind, " ".join(value.source.split())]]
+    if isinstance(value, BaseModel):
+        items = [(name, getattr(value, name)) for name in type(value).model_fields]
+    elif isinstance(value, dict):
+        items = list(value.items())
+    else:
+        return []
+    return [row for name, item in items for row in figures_of(item, f"{prefix}.{name}" if prefix else name)]

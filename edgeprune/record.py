@@ -1,0 +1,135 @@
+"""What a run leaves behind: finished trials, a line each, and the record of the whole.
+
+Trials are appended and synchronised one at a time, so a killed run continues where it stood. The record says of every
+number whether it is predicted or measured, and where.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import edgeprune
+from edgeprune.errors import BadInput
+from edgeprune.files import sha256
+from edgeprune.quality import Quality, quality_from_json
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate exported and measured, or the reason why that failed.
+
+    Attributes:
+        key: hash of all the result depends on.
+        candidate: its name.
+        status: "ok", or how it ended ("oom", "crash", "timeout", "failed").
+        reason: one line on that; None if ok.
+        quality: of the exported file in its runtime; None if it failed.
+        speed: llama-bench records measured on this machine, by test ("pp512", "tg128"); empty if not measured.
+        files: file name -> {"sha256", "bytes"} of what was exported.
+        seconds: how long it took.
+    """
+
+    key: str
+    candidate: str
+    status: str
+    reason: str | None
+    quality: Quality | None
+    speed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The trial as a JSON object."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "key": self.key,
+            "candidate": self.candidate,
+            "status": self.status,
+            "reason": self.reason,
+            "quality": None if self.quality is None else self.quality.to_json(),
+            "speed": self.speed,
+            "files": self.files,
+            "seconds": round(self.seconds, 1),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Trial:
+        """Read what `to_json` wrote; raises `KeyError`, `TypeError` or `BadInput` for anything else."""
+        if value.pop("schema_version") != SCHEMA_VERSION:
+            raise BadInput("a trial of another version")
+        quality = value["quality"]
+        if quality is not None:
+            value["quality"] = quality_from_json(quality)
+        return cls(**value)
+
+
+def read_trials(path: Path) -> dict[str, Trial]:
+    """The finished trials of a run by key, the last of each; a torn last line, of a killed run, is left out.
+
+    Raises:
+        BadInput: a line other than the last is broken.
+    """
+    if not path.exists():
+        return {}
+    trials: dict[str, Trial] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            trial = Trial.from_json(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
+            if number == len(lines):
+                continue
+            raise BadInput(
+                f"line {number} is not a trial ({error})", where=path, remedy="delete the file, or use --no-resume"
+            ) from error
+        trials[trial.key] = trial
+    return trials
+
+
+def append_trial(path: Path, trial: Trial) -> None:
+    """Append one trial and wait until it is on disk. A torn line before it is ended first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(trial.to_json(), ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def files_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> SHA-256 and size of the file, or of every file in the folder, `path`."""
+    paths: Iterable[Path] = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    base = path.parent if path.is_file() else path
+    return {
+        p.relative_to(base).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}  # for records
+        for p in paths
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine a result was obtained with."""
+    versions: dict[str, str] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "edgeprune": edgeprune.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }

@@ -1,0 +1,202 @@
+"""`report.md` and its plot: quality against speed, every number marked as predicted or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.candidates import Candidate
+from edgeprune.files import atomic_file, write_text
+from edgeprune.record import Trial
+
+if TYPE_CHECKING:
+    from edgeprune.fit import FitResult
+
+PLOT = "pareto.png"
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both: first coordinate larger is better, second smaller."""
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1]))
+    front, best = [], float("inf")
+    for i in order:
+        if points[i][1] < best:
+            best = points[i][1]
+            front.append(i)
+    return front
+
+
+def write_plot(
+    pairs: Sequence[tuple[Candidate, Trial]], chosen: Candidate, wanted_tps: float | None, device: str, path: Path
+) -> None:
+    """The Pareto plot as PNG: measured KL to dense (lower is better) against predicted tokens/s, with the budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    shown = [(c, t.quality) for c, t in pairs if t.quality is not None]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    colours = {"llamacpp": "#1f77b4", "onnxruntime": "#d95f02"}
+    points = [(c.cost.decode_tps.value, max(q.kl_nats.mean, 1e-6)) for c, q in shown]
+    for (candidate, quality), (x, y) in zip(shown, points, strict=True):
+        speed, kl = candidate.cost.decode_tps, quality.kl_nats
+        axes.errorbar(
+            x,
+            y,
+            xerr=[[x - speed.low], [speed.high - x]],
+            yerr=[[max(0.0, y - max(kl.low, 1e-6))], [max(0.0, kl.high - y)]],
+            fmt="*" if candidate.name == chosen.name else "o",
+            markersize=15 if candidate.name == chosen.name else 6,
+            color=colours.get(candidate.target.runtime, "#555555"),
+            ecolor="#bbbbbb",
+            elinewidth=1,
+            alpha=1.0 if candidate.fits else 0.4,
+        )
+    _label(axes, shown, points)
+    front = sorted(points[i] for i in pareto_front(points))
+    axes.plot([p[0] for p in front], [p[1] for p in front], color="#999999", linewidth=1, linestyle=":", zorder=0)
+    if wanted_tps:
+        axes.axvline(wanted_tps, color="#b00020", linewidth=1.2)
+        axes.annotate(
+            f"budget {wanted_tps:g} tokens/s",
+            (wanted_tps, 0.02),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            fontsize=8,
+            color="#b00020",
+            ha="right",
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel(f"predicted decode on {device}, tokens/s (interval of the prediction)")
+    axes.set_ylabel("measured KL to dense, nats a token (95 % interval)")
+    for runtime in sorted({c.target.runtime for c, _ in shown}):
+        axes.plot([], [], "o", color=colours.get(runtime, "#555555"), label=runtime)
+    axes.plot([], [], "*", color="#333333", markersize=12, label="chosen")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _label(axes: Any, shown: Sequence[tuple[Candidate, Any]], points: Sequence[tuple[float, float]]) -> None:
+    """Names beside the points; where points lie close, the labels go above and below in turn."""
+    order = sorted(range(len(points)), key=lambda i: points[i][1])
+    for rank, i in enumerate(order):
+        candidate = shown[i][0]
+        share = "dense" if candidate.dense else f"−{100 * candidate.plan.reached_ratio:.0f} %"
+        offset = (6, 5) if rank % 2 else (6, -11)
+        axes.annotate(
+            f"{candidate.target.quantisation} {share}", points[i], xytext=offset, textcoords="offset points", fontsize=8
+        )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measured_rows(pairs: Sequence[tuple[Candidate, Trial]], chosen: Candidate) -> list[list[str]]:
+    """One row a measured candidate, best quality first; failures last, with their reason."""
+    rows = []
+    for candidate, trial in sorted(pairs, key=lambda p: p[1].quality.kl_nats.mean if p[1].quality else float("inf")):
+        name = f"**{candidate}**" if candidate.name == chosen.name else str(candidate)
+        size = sum(f["bytes"] for f in trial.files.values()) / (1 << 20)
+        common = [name, str(candidate.cost.decode_tps), str(candidate.cost.memory_mib), f"{size:.1f}" if size else "–"]
+        if trial.quality is None:
+            rows.append([*common, f"{trial.status}: {trial.reason}", "", "", ""])
+            continue
+        kl, top1 = trial.quality.kl_nats, trial.quality.top1
+        rows.append(
+            [
+                *common,
+                f"{kl.mean:.4f} ({kl.low:.4f}–{kl.high:.4f})",
+                f"{100 * top1.mean:.1f} %",
+                f"{trial.quality.perplexity:.2f}",
+                f"{trial.quality.bits_per_byte:.3f}",
+            ]
+        )
+    return rows
+
+
+MEASURED_HEADER = (
+    "candidate",
+    "tokens/s, predicted",
+    "memory MiB, predicted",
+    "size MiB, measured",
+    "KL to dense, measured",
+    "top-1",
+    "perplexity",
+    "bits/byte",
+)
+
+
+def write_report(result: FitResult, record: dict[str, Any]) -> None:
+    """Write `report.md` and the plot into the run's folder."""
+    proposal, budget = result.proposal, result.proposal.budget
+    plot = result.out / PLOT
+    write_plot(result.trials, result.chosen, budget.min_tokens_per_s, proposal.profile.name, plot)
+    limits = {
+        "decode, tokens/s, at least": budget.min_tokens_per_s,
+        "memory, MiB, at most": budget.max_memory_mib,
+        "file, MiB, at most": budget.max_file_mib,
+        "context, tokens": budget.context,
+    }
+    dropped = [c for c in proposal.candidates if not c.fits]
+    by_target: dict[str, list[Candidate]] = {}
+    for candidate in proposal.candidates:
+        by_target.setdefault(str(candidate.target), []).append(candidate)
+    searched = []
+    for target, group in by_target.items():
+        fitting = [c for c in group if c.fits]
+        first = str(fitting[0].plan.reached_ratio * 100)[:4] + " %" if fitting else "none"
+        dense = group[0]
+        why = "" if dense.fits else "; ".join(dense.reasons)
+        searched.append([target, str(len(group)), first, why])
+    measured_here = [
+        [
+            str(c),
+            test,
+            f"{speed['median_ts']:.1f} ({speed['low_ts']:.1f}–{speed['high_ts']:.1f})",
+            str(speed["peak_mib"]),
+        ]
+        for c, t in result.trials
+        for test, speed in t.speed.items()
+    ]
+    sections = [
+        f"# {proposal.model} on {proposal.profile.name}",
+        f"**{result.verdict}**",
+        f"![quality against speed]({PLOT})",
+        "## Budget",
+        _table(["limit", "value"], [[k, f"{v:g}"] for k, v in limits.items() if v is not None]),
+        f"Device: {proposal.profile.description}. Speeds and memory for it are predicted from its profile, with the "
+        "profile's interval; quality is measured on the exported file in its runtime.",
+        "## Measured candidates",
+        _table(MEASURED_HEADER, measured_rows(result.trials, result.chosen)),
+    ]
+    if measured_here:
+        sections += [
+            "## Speed, measured on this machine",
+            _table(["candidate", "test", "tokens/s (95 % interval)", "peak MiB"], measured_here),
+        ]
+    sections += [
+        "## What was searched",
+        f"{len(proposal.candidates)} candidates, {len(dropped)} of them predicted not to fit. Of each target the least "
+        "pruned that fits is worth measuring.",
+        _table(["target", "candidates", "least pruned that fits", "why dense does not fit"], searched),
+        "## Data",
+        _table(
+            ["use", "source"],
+            [["calibration", record["calibration"]["source"]], ["held out", record["held_out"]["source"]]],
+        ),
+        "## Again",
+        f"```\n{record['commands']['again']}\n```",
+        f"edgeprune {record['environment']['edgeprune']}, {record['environment']['platform']}, "
+        + ", ".join(f"{k} {v}" for k, v in record["environment"]["packages"].items())
+        + f"; {record['seconds']:.0f} s.",
+    ]
+    if record["stopped_early"]:
+        sections.insert(2, "Stopped by `--max-time` before every candidate worth measuring was measured.")
+    write_text(result.out / "report.md", "\n\n".join(sections) + "\n")

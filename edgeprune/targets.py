@@ -1,0 +1,152 @@
+"""What a model can be exported to: every pair of a runtime and a quantisation, as a table.
+
+A new export format is one entry in `FORMATS`: how to tell bytes before anything is written, and how to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeprune.errors import unknown
+from edgeprune.export.gguf_types import QUANTISATIONS, tensor_types, tensors
+from edgeprune.export.gguf_types import alignment as gguf_alignment
+from edgeprune.export.gguf_types import fallbacks as gguf_fallbacks
+from edgeprune.export.gguf_types import predicted_bytes as gguf_bytes
+from edgeprune.runtimes.gguf_file import tensor_bytes
+from edgeprune.shape import ModelShape
+
+Parts = Mapping[str, int]  # bytes by part of the model: "embedding", "head", "attention", "mlp", "norms"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format.
+
+    Attributes:
+        name: how the user names it.
+        runtime: the runtime that loads it.
+        quantisations: the kinds it offers, best quality first.
+        fit: of those, the kinds `fit` tries by default.
+        parts: bytes by part of a model of a shape, quantised.
+        alignment: the number of MLP neurons must be a multiple of this.
+        fallbacks: one line for each kind of tensor that cannot have the type asked for.
+        repacked: bytes of weights that the runtime keeps a second, reordered copy of.
+        export: (checkpoint folder, output path, quantisation, scratch folder, threads) -> the path written.
+        suffix: of the output path.
+    """
+
+    name: str
+    runtime: str
+    quantisations: tuple[str, ...]
+    fit: tuple[str, ...]
+    parts: Callable[[ModelShape, str], Parts]
+    alignment: Callable[[str], int]
+    fallbacks: Callable[[ModelShape, str], list[str]]
+    repacked: Callable[[ModelShape, str], int]
+    export: Callable[[Path, Path, str, Path, int], Path]
+    suffix: str = ""
+
+
+def _export_gguf(folder: Path, out: Path, kind: str, scratch: Path, threads: int) -> Path:
+    from edgeprune.export.gguf_quantise import quantise
+    from edgeprune.export.gguf_writer import write_gguf
+
+    if kind == "F16":
+        return write_gguf(folder, out, dtype="F16")
+    if kind == "F32":
+        return write_gguf(folder, out, dtype="F32")
+    # The unquantised file serves every quantisation of the same checkpoint; it is F32, so nothing is rounded twice.
+    full = scratch / "full.gguf"
+    if not full.exists():
+        write_gguf(folder, full, dtype="F32")
+    return quantise(full, out, kind=kind, threads=threads)
+
+
+def _gguf_repacked(shape: ModelShape, kind: str) -> int:
+    """Bytes that llama.cpp copies at load for faster kernels: matrices of two types (ggml/src/ggml-cpu/repack.cpp)."""
+    types = tensor_types(shape, kind)
+    return sum(
+        tensor_bytes(types[tensor.name], tensor.shape)
+        for tensor in tensors(shape)
+        if types[tensor.name] in ("Q4_0", "Q4_K") and tensor.name.startswith("blk.")
+    )
+
+
+def _export_onnx(folder: Path, out: Path, kind: str, _scratch: Path, _threads: int) -> Path:
+    from edgeprune.export.onnx_graph import export_onnx
+
+    return export_onnx(folder, out, precision=kind)
+
+
+def _onnx_parts(shape: ModelShape, kind: str) -> Parts:
+    from edgeprune.export.onnx_types import predicted_bytes
+
+    return predicted_bytes(shape, kind)
+
+
+FORMATS: dict[str, Format] = {
+    each.name: each
+    for each in (
+        Format(
+            name="gguf",
+            runtime="llamacpp",
+            quantisations=tuple(QUANTISATIONS),
+            fit=("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"),
+            parts=gguf_bytes,
+            alignment=gguf_alignment,
+            fallbacks=gguf_fallbacks,
+            repacked=_gguf_repacked,
+            export=_export_gguf,
+            suffix=".gguf",
+        ),
+        Format(
+            name="onnx",
+            runtime="onnxruntime",
+            quantisations=("fp32", "fp16", "int8", "int4"),
+            fit=("int8", "int4"),
+            parts=_onnx_parts,
+            alignment=lambda _kind: 32,  # the block of MatMulNBits
+            fallbacks=lambda _shape, _kind: [],
+            # It packs weights anew too, but lets the originals go: the overhead in `cost` was measured with that.
+            repacked=lambda _shape, _kind: 0,
+            export=_export_onnx,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format and one of its quantisations."""
+
+    format: Format
+    quantisation: str
+
+    @property
+    def runtime(self) -> str:
+        """The runtime that loads the result."""
+        return self.format.runtime
+
+    def __str__(self) -> str:
+        return f"{self.quantisation} on {self.runtime}"
+
+
+def target_for(quantisation: str, *, formats: Mapping[str, Format] = FORMATS) -> Target:
+    """The target of a quantisation's name, whatever its case; names are unique over the formats.
+
+    Raises:
+        BadInput: no format has it; the message names the nearest and all of them.
+    """
+    names = {kind.lower(): Target(each, kind) for each in formats.values() for kind in each.quantisations}
+    if quantisation.lower() not in names:
+        raise unknown("quantisation", quantisation, [target.quantisation for target in names.values()])
+    return names[quantisation.lower()]
+
+
+def default_targets(runtimes: tuple[str, ...] | None = None) -> list[Target]:
+    """The targets `fit` tries: those of the given runtimes, or of all."""
+    return [
+        Target(each, kind) for each in FORMATS.values() if not runtimes or each.runtime in runtimes for kind in each.fit
+    ]

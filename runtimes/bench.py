@@ -1,0 +1,314 @@
+"""Measures speed, time to first token, load time and memory of a model file, each test in a process of its own.
+
+The procedure is llama-bench's, so that the figures compare: random tokens, no sampling; pp is one prompt into an empty
+cache, tg is `n_gen` single steps from an empty cache; a warm-up, then repetitions with the cache cleared between them.
+A runtime may offer `prefill(tokens)` and `step(token)`, which evaluate and wait for the end without copying logits out;
+without them `forward(last_only=True)` is timed. If its class takes `all_logits`, it is opened without room for them, as
+an application would. Its `description()` and its module's `build_info()`, where there are such, fill fields of the
+record.
+
+On memory. The peak is the measuring process's: weights, cache, compute buffers, and some 30 MiB of interpreter and
+numpy. All runtimes here map weights where they can, and a mapped page counts (VmHWM) once it was touched. So a peak may
+honestly lie below the file's size: of an embedding that is not the head too, only the rows of the tokens come in. But
+such an embedding is no larger than the head, which is read in full, and the rest is read in full as well: below half of
+the file's size the weights were not in memory when speed was measured, and the figures are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import inspect
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.errors import BadInput, StageFailed, unknown
+from edgeprune.runtimes import RUNTIMES, runtime_for
+from edgeprune.runtimes.base import Runtime
+from edgeprune.runtimes.isolate import Outcome, Status, run_isolated
+from edgeprune.runtimes.records import Record, statistics
+
+Test = Literal["pp", "tg"]
+Progress = Callable[[dict[str, Any]], None]
+
+LEAST_RESIDENT = 0.5  # of the weights' bytes: see the module's docstring
+WARM_UP_STEPS = 4  # of decoding; llama-bench makes one, too few for runtimes that plan their memory at first use
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured, and if a test did not end well, how.
+
+    Attributes:
+        records: a record a test that ended well, pp before tg.
+        status: "ok", or how the first failing test ended.
+        reason: one line on that, None if ok.
+        peak_mib: the largest memory of any of the measuring processes, also of one that failed; None if unknown.
+    """
+
+    records: tuple[Record, ...]
+    status: Status
+    reason: str | None
+    peak_mib: float | None
+
+    @property
+    def pp(self) -> Record | None:
+        """The record of the prompt."""
+        return next((record for record in self.records if record.n_prompt), None)
+
+    @property
+    def tg(self) -> Record | None:
+        """The record of the generation."""
+        return next((record for record in self.records if record.n_gen), None)
+
+
+def bench(
+    path: Path,
+    *,
+    n_prompt: int = 512,
+    n_gen: int = 128,
+    repetitions: int = 5,
+    threads: int,
+    runtime: str | None = None,
+    n_ctx: int | None = None,
+    timeout_s: float = 600.0,
+    memory_mib: int | None = None,
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Measure the model at `path`.
+
+    Args:
+        path: what `open_runtime` loads.
+        n_prompt: tokens of the prompt; 0 leaves that test out.
+        n_gen: tokens to generate; 0 leaves that test out.
+        repetitions: samples of each test.
+        threads: threads of the runtime.
+        runtime: its name; by default what the kind of file asks for.
+        n_ctx: tokens that the cache has room for (memory depends on it); by default what each test needs.
+        timeout_s: seconds for each test, loading included.
+        memory_mib: limit of each process's own memory (see `run_isolated`).
+        progress: called with {"stage", "done", "total", "ts"} after each repetition; `ts` is its tokens/s.
+
+    Raises:
+        BadInput: a number out of range, an unknown runtime, or a file that cannot be loaded.
+        StageFailed: the measurement is not credible.
+    """
+    name = runtime or runtime_for(path)
+    if name not in RUNTIMES:
+        raise unknown("runtime", name, RUNTIMES)
+    if n_prompt < 0 or n_gen < 0 or n_prompt + n_gen == 0:
+        raise BadInput(f"nothing to measure: n_prompt {n_prompt}, n_gen {n_gen}", remedy="give at least one above 0")
+    if repetitions < 1 or threads < 1:
+        raise BadInput(f"repetitions ({repetitions}) and threads ({threads}) must be at least 1")
+    # One more than the prompt: the first token's own step belongs to its time.
+    need = {"pp": n_prompt + 1 if n_prompt else 0, "tg": n_gen}
+    if n_ctx is not None and n_ctx < max(need.values()):
+        raise BadInput(f"n_ctx {n_ctx} is too small", remedy=f"at least {max(need.values())} is needed")
+
+    records: list[Record] = []
+    peaks: list[float] = []
+    for test, length in (("pp", n_prompt), ("tg", n_gen)):
+        if not length:
+            continue
+        arguments = {
+            "path": str(path),
+            "runtime": name,
+            "test": test,
+            "length": length,
+            "repetitions": repetitions,
+            "threads": threads,
+            "n_ctx": n_ctx or need[test],
+        }
+        test_time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        outcome = run_isolated(
+            "edgeprune.runtimes.bench:measure",
+            arguments,
+            timeout_s=timeout_s,
+            memory_mib=memory_mib,
+            progress=progress,
+        )
+        if outcome.peak_mib is not None:
+            peaks.append(outcome.peak_mib)
+        if outcome.status != "ok":
+            return BenchResult(tuple(records), outcome.status, f"{test}: {outcome.reason}", max(peaks, default=None))
+        records.append(_record(path, name, arguments, outcome, test_time))
+    return BenchResult(tuple(records), "ok", None, max(peaks, default=None))
+
+
+def measure(
+    *,
+    path: str,
+    runtime: str,
+    test: Test,
+    length: int,
+    repetitions: int,
+    threads: int,
+    n_ctx: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """One test, in this process; `bench` calls it in one of its own.
+
+    Returns:
+        {"samples_ns", "ttft_ns" (pp only), "load_ns", "description"}.
+
+    Raises:
+        BadInput: as the runtime's constructor.
+    """
+    module_name, class_name = RUNTIMES[runtime]
+    module = importlib.import_module(module_name)  # before the clock starts: Python's imports are not the model's
+    kind = getattr(module, class_name)
+    options = {"all_logits": False} if "all_logits" in inspect.signature(kind).parameters else {}
+    began = time.perf_counter_ns()
+    model: Runtime = kind(Path(path), n_ctx=n_ctx, threads=threads, **options)
+    load_ns = time.perf_counter_ns() - began
+    random = np.random.default_rng(seed)
+    samples: list[int] = []
+    firsts: list[int] = []
+    try:
+        once = _prompt_test if test == "pp" else _generation_test
+        once(model, _tokens(random, model, length if test == "pp" else min(length, WARM_UP_STEPS)))
+        for repetition in range(repetitions):
+            tokens = _tokens(random, model, length)
+            with _no_garbage_collection():
+                sample, first = once(model, tokens)
+            samples.append(sample)
+            firsts.append(first)
+            if progress is not None:
+                told = {"stage": f"{test}{length}", "done": repetition + 1, "total": repetitions}
+                progress({**told, "ts": 1e9 * length / sample})
+        facts: list[dict[str, Any]] = [getattr(module, "build_info", dict)(), getattr(model, "description", dict)()]
+        return {
+            "samples_ns": samples,
+            "ttft_ns": firsts if test == "pp" else None,
+            "load_ns": load_ns,
+            "description": {key: value for part in facts for key, value in part.items()},
+        }
+    finally:
+        model.close()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _tokens(random: np.random.Generator, model: Runtime, count: int) -> NDArray[np.int64]:
+    return random.integers(0, model.n_vocab, size=count, dtype=np.int64)
+
+
+def _prompt_test(model: Runtime, tokens: NDArray[np.int64]) -> tuple[int, int]:
+    """Nanoseconds of the prompt, and of the prompt and the first step after it."""
+    prefill, step = _prefill(model), _step(model)
+    follow = int(tokens[0])
+    model.rewind(0)
+    began = time.perf_counter_ns()
+    prefill(tokens)
+    prompt = time.perf_counter_ns()
+    step(follow)
+    first = time.perf_counter_ns()
+    return prompt - began, first - began
+
+
+def _generation_test(model: Runtime, tokens: NDArray[np.int64]) -> tuple[int, int]:
+    """Nanoseconds of all steps, and of the first."""
+    step = _step(model)
+    ids = tokens.tolist()
+    model.rewind(0)
+    began = time.perf_counter_ns()
+    step(ids[0])
+    first = time.perf_counter_ns()
+    for token in ids[1:]:
+        step(token)
+    return time.perf_counter_ns() - began, first - began
+
+
+def _prefill(model: Runtime) -> Callable[[NDArray[np.int64]], object]:
+    fast: Callable[[NDArray[np.int64]], object] | None = getattr(model, "prefill", None)
+    return fast or (lambda tokens: model.forward(tokens, last_only=True))
+
+
+def _step(model: Runtime) -> Callable[[int], object]:
+    fast: Callable[[int], object] | None = getattr(model, "step", None)
+    return fast or (lambda token: model.forward([token], last_only=True))
+
+
+def _record(path: Path, runtime: str, arguments: dict[str, Any], outcome: Outcome, test_time: str) -> Record:
+    value = outcome.value
+    says = value["description"]
+    size = weight_bytes(path)
+    check_peak(outcome.peak_mib, size, path)
+    prompt, length = arguments["test"] == "pp", arguments["length"]
+    return Record(
+        build_commit=says.get("build_commit"),
+        build_number=says.get("build_number"),
+        cpu_info=cpu_info(),
+        gpu_info=says.get("gpu_info", ""),
+        backends=says.get("backends", "CPU"),
+        model_filename=str(path),
+        model_type=says.get("model_type"),
+        model_size=says.get("model_size", size),
+        model_n_params=says.get("model_n_params"),
+        n_batch=says.get("n_batch"),
+        n_ubatch=says.get("n_ubatch"),
+        n_threads=arguments["threads"],
+        n_prompt=length if prompt else 0,
+        n_gen=0 if prompt else length,
+        n_depth=0,
+        test_time=test_time,
+        **statistics(value["samples_ns"], length),
+        ttft_ms=float(np.median(value["ttft_ns"])) / 1e6 if prompt else None,
+        load_ms=value["load_ns"] / 1e6,
+        peak_mib=outcome.peak_mib,
+        runtime=runtime,
+    )
+
+
+def check_peak(peak_mib: float | None, size: int, path: Path) -> None:
+    """Refuse a peak (MiB) that weights of `size` bytes cannot have had; None, an unknown peak, passes.
+
+    Raises:
+        StageFailed: the peak is below `LEAST_RESIDENT` of the weights.
+    """
+    if peak_mib is not None and peak_mib * 2**20 < LEAST_RESIDENT * size:
+        raise StageFailed(
+            f"a peak of {peak_mib:.0f} MiB is not credible for weights of {size / 2**20:.0f} MiB: they did not stay in "
+            "memory",
+            where=path,
+            remedy="free memory and measure again",
+        )
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the files that hold the weights of what `open_runtime` loads."""
+    if path.is_file():
+        return path.stat().st_size
+    pattern = "model.onnx*" if (path / "model.onnx").is_file() else "*.safetensors"
+    return sum(file.stat().st_size for file in path.glob(pattern))
+
+
+def cpu_info() -> str:
+    """Name of the processor, or of the board where its cores carry no name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    named: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        named.setdefault(key.strip().lower(), value.strip())
+    return named.get("model name") or named.get("model") or platform.machine()

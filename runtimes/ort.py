@@ -1,0 +1,199 @@
+"""ONNX Runtime behind the runtime protocol: bound buffers, and a key/value cache that is written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.errors import BadInput, missing_extra
+from edgeprune.files import read_json
+from edgeprune.runtimes.base import Logits, Tokens
+from edgeprune.runtimes.onnx_file import MODEL, summary
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise missing_extra("onnxruntime", "onnx") from error
+
+LOGITS_FROM = "logits_from"  # optional input of our graphs: the first position whose logits are computed
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxRuntime:
+    """A folder with `model.onnx`, ours, onnxruntime-genai's or optimum's, on the CPU, with the cache of one sequence.
+
+    Graphs with GroupQueryAttention write new keys and values into buffers of `n_ctx` positions that are allocated
+    once: nothing is copied as the cache grows. Other graphs return a longer cache at each step.
+
+    Args:
+        path: the folder; it is checked by `onnx_file.check_onnx` before ONNX Runtime sees it.
+        n_ctx: positions of the cache.
+        threads: threads of one operator (`intra_op_num_threads`).
+        session_config: further session configuration entries, e.g. {"session.intra_op.allow_spinning": "0"}.
+
+    Raises:
+        BadInput: the folder is unsafe or broken, no decoder with a cache, or made for fewer than `n_ctx` positions.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+
+    def __init__(
+        self, path: Path, *, n_ctx: int, threads: int, session_config: Mapping[str, str] | None = None
+    ) -> None:
+        info = summary(path)
+        if n_ctx < 1 or threads < 1:
+            raise BadInput(f"n_ctx {n_ctx} and threads {threads} must be at least 1", where=path)
+        if info.positions is not None and n_ctx > info.positions:
+            raise BadInput(
+                f"the model was exported for {info.positions} positions, {n_ctx} were asked for",
+                where=path,
+                remedy=f"ask for at most {info.positions}, or export it with a longer context",
+            )
+        self.path, self.n_ctx, self.n_past = path, n_ctx, 0
+        self._session = _open(path, threads, session_config or {})
+        inputs = {item.name: item for item in self._session.get_inputs()}
+        outputs = {item.name: item for item in self._session.get_outputs()}
+        past = [name for name in inputs if name.startswith("past_key_values.")]
+        if not past or not {"input_ids", "attention_mask"} <= inputs.keys() or "logits" not in outputs:
+            raise BadInput("not a decoder with a cache: no past_key_values inputs", where=path)
+        self.n_vocab = _vocabulary(outputs["logits"].shape, path)
+        self._in_place = "GroupQueryAttention" in info.operators
+        # A slice per cache tensor; positions are axis 2 of (1, kv_heads, positions, head_dim)
+        length = n_ctx if self._in_place else 0
+        self._cache = {
+            name: np.zeros((1, inputs[name].shape[1], length, inputs[name].shape[3]), _DTYPES[inputs[name].type])
+            for name in past
+        }
+        self._binding = self._session.io_binding()
+        self._ids = np.zeros((1, n_ctx), np.int64)
+        self._mask = np.ones((1, n_ctx), np.int64)
+        self._positions = np.arange(n_ctx, dtype=np.int64)[None] if "position_ids" in inputs else None
+        self._last = np.empty((1, 1, self.n_vocab), np.float32)
+        self._trims = LOGITS_FROM in {item.name for item in self._session.get_overridable_initializers()}
+        self._from = np.zeros(1, np.int64)
+        if self._trims:
+            self._bind(LOGITS_FROM, self._from)
+        if self._in_place:
+            for name, buffer in self._cache.items():
+                self._bind(name, buffer)
+                self._bind(_present(name), buffer, output=True)
+        self._tokenizer: Any = None
+
+    def forward(self, tokens: Tokens, *, last_only: bool = False) -> Logits:
+        """Append `tokens`, (T,), to the cache; logits after each of them, (T, n_vocab), or (1, n_vocab).
+
+        Raises:
+            BadInput: the context is full, or a token is not in the vocabulary.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        count = len(ids)
+        if not count:
+            return np.empty((0, self.n_vocab), np.float32)
+        if self.n_past + count > self.n_ctx:
+            raise BadInput(f"the context of {self.n_ctx} tokens is full", where=self.path, remedy="use a larger n_ctx")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.n_vocab:
+            raise BadInput(f"a token is not in the vocabulary of {self.n_vocab}", where=self.path)
+        stop = self.n_past + count
+        self._ids[0, :count] = ids
+        self._bind("input_ids", self._ids[:, :count])
+        self._bind("attention_mask", self._mask[:, :stop])
+        if self._positions is not None:
+            self._bind("position_ids", self._positions[:, self.n_past : stop])
+        one = count == 1 or (last_only and self._trims)
+        self._from[0] = -1 if last_only else 0
+        logits = self._last if one else np.empty((1, count, self.n_vocab), np.float32)
+        self._bind("logits", logits, output=True)
+        if self._in_place:
+            self._session.run_with_iobinding(self._binding)
+        else:
+            self._run_growing()
+        self.n_past = stop
+        return logits[0].copy() if one else logits[0, -1:] if last_only else logits[0]
+
+    def rewind(self, n_past: int) -> None:
+        """Forget all but the first `n_past` tokens of the cache; what is behind them is overwritten later."""
+        if not 0 <= n_past <= self.n_past:
+            raise BadInput(f"cannot rewind from {self.n_past} to {n_past} tokens", where=self.path)
+        self.n_past = n_past
+        if not self._in_place:
+            self._cache = {name: np.ascontiguousarray(old[:, :, :n_past]) for name, old in self._cache.items()}
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`, without BOS or EOS; the text of a special token is one only if `parse_special`.
+
+        Raises:
+            BadInput: the folder has no usable tokenizer.json.
+        """
+        tokenizer = self._text()
+        tokenizer.encode_special_tokens = not parse_special
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; raises `BadInput` as `encode` does."""
+        return str(self._text().decode([int(token) for token in tokens], skip_special_tokens=True))
+
+    def close(self) -> None:
+        """Free the model and its cache."""
+        self._binding = self._session = None
+        self._cache = {}
+
+    def _bind(self, name: str, array: NDArray[Any], *, output: bool = False) -> None:
+        """Bind a contiguous array as it lies in memory; whoever calls keeps it alive."""
+        bind = self._binding.bind_output if output else self._binding.bind_input
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _run_growing(self) -> None:
+        """One step of a graph that returns the old cache and the new tokens' as fresh tensors."""
+        for name, old in self._cache.items():
+            self._bind(name, old)
+            self._binding.bind_output(_present(name), "cpu")
+        self._session.run_with_iobinding(self._binding)
+        names = [item.name for item in self._session.get_outputs()]
+        values = dict(zip(names, self._binding.get_outputs(), strict=True))
+        self._cache = {name: values[_present(name)].numpy() for name in self._cache}
+
+    def _text(self) -> Any:
+        if self._tokenizer is None:
+            try:
+                import tokenizers
+            except ImportError as error:
+                raise missing_extra("tokenizers", "onnx") from error
+            file = self.path / "tokenizer.json"
+            if not file.is_file():
+                raise BadInput("no tokenizer.json", where=self.path, remedy="copy the model's tokenizer.json there")
+            try:
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            except Exception as error:  # the package raises bare Exception for any bad file
+                raise BadInput(f"not a usable tokenizer ({error})", where=file) from error
+        return self._tokenizer
+
+
+def _open(path: Path, threads: int, config: Mapping[str, str]) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # a default that callers may override is worth no warning at each load
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    try:
+        return onnxruntime.InferenceSession(str(path / MODEL), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base but this one
+        raise BadInput(f"ONNX Runtime cannot load it ({error})", where=path / MODEL) from error
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present", 1)
+
+
+def _vocabulary(dimensions: Sequence[int | str], path: Path) -> int:
+    """Entries of the vocabulary: the logits' last dimension, or what config.json says where that has a name only."""
+    if isinstance(dimensions[-1], int):
+        return dimensions[-1]
+    size = read_json(path / "config.json").get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise BadInput("neither the graph nor config.json tells the vocabulary's size", where=path)
+    return size
