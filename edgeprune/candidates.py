@@ -144,7 +144,7 @@ def candidates_for(
             try:
                 plan = plan_for(ratio, target.format.alignment(target.quantisation))
             except BadInput:
-                break  # out of reach, and so is every larger one
+                continue  # out of reach of heads and neurons
             if plan.reached_ratio in seen:
                 continue
             seen.add(plan.reached_ratio)

@@ -119,60 +119,66 @@ def fit(
 ) -> None:
     """Find the version of a model that loses least within a device's budget; export, measure and bundle it."""
     from edgeprune.devices import Budget, load_profile
-    from edgeprune.fit import FitResult, Proposal
+    from edgeprune.fit import FitOptions, estimate, prepare
     from edgeprune.fit import fit as run_fit
-    from edgeprune.targets import FORMATS, default_targets, target_for
+    from edgeprune.report import MEASURED_HEADER, measured_rows
 
     profile = load_profile(device)
     budget = Budget.of(
         profile, min_tokens_per_s=min_tps, max_memory_mib=max_memory, max_file_mib=max_file, context=context
     )
-    if runtime is not None and runtime not in (runtimes := [f.runtime for f in FORMATS.values()]):
-        from edgeprune.errors import unknown
-
-        raise unknown("runtime", runtime, runtimes)
-    targets = [target_for(name.strip()) for name in quant.split(",")] if quant else default_targets()
-    targets = [target for target in targets if runtime is None or target.runtime == runtime]
-    if not targets:
-        raise BadInput(f"no quantisation of --quant runs on {runtime}", remedy="leave one of the two options out")
-    settings: dict[str, Any] = {}
+    chosen: dict[str, Any] = {
+        "calibration": calibration,
+        "held_out": held_out,
+        "limit": max_candidates,
+        "max_time_s": _duration(max_time) if max_time else None,
+        "resume": resume,
+        "seed": seed,
+        "targets": _targets(quant, runtime),
+        "threads": _threads(threads),
+    }
     if ratios:
-        settings["ratios"] = _numbers(ratios, "--ratios")
+        chosen["ratios"] = _numbers(ratios, "--ratios")
     with Stages() as stages:
+        if dry_run:
+            options = FitOptions(**chosen)
+            _, proposal = prepare(model, profile, budget, options, progress=stages)
+            print_proposal(proposal, estimate(proposal, options))
+            if as_json:
+                _print_json([candidate.to_json() for candidate in proposal.candidates])
+            return
         result = run_fit(
             model,
             profile,
-            budget=budget,
+            budget,
             out=out,
-            targets=targets,
-            calibration=calibration,
-            held_out=held_out,
-            threads=threads,
-            limit=max_candidates,
-            max_time_s=_duration(max_time) if max_time else None,
-            resume=resume,
-            seed=seed,
-            dry_run=dry_run,
-            on_proposal=lambda proposal: print_proposal(proposal),
+            on_proposal=lambda proposal: print_proposal(proposal, estimate(proposal, FitOptions(**chosen))),
             progress=stages,
-            **settings,
+            **chosen,
         )
-    if isinstance(result, Proposal):
-        if as_json:
-            _print_json([candidate.to_json() for candidate in result.candidates])
-        return
-    assert isinstance(result, FitResult)
     if as_json:
         _print_json(json.loads((result.out / "fit.json").read_text(encoding="utf-8")))
         return
-    from edgeprune.report import MEASURED_HEADER, measured_rows
-
     print_table("Measured candidates", MEASURED_HEADER, measured_rows(result.trials, result.chosen))
-    console.print(f"\n[bold green]✓[/] {escape(result.verdict)}\n")
+    console.print(f"\n[bold green]✓[/] {escape(result.verdict)}\n", soft_wrap=True)
     console.print(f"  report  {result.out / 'report.md'}", soft_wrap=True)
     console.print(f"  bundle  {result.best}", soft_wrap=True)
     for other in sorted(result.out.glob("best-*")):
         console.print(f"  also    {other}", soft_wrap=True)
+
+
+def _targets(quant: str | None, runtime: str | None) -> tuple[Any, ...]:
+    from edgeprune.errors import unknown
+    from edgeprune.targets import FORMATS, default_targets, target_for
+
+    runtimes = [each.runtime for each in FORMATS.values()]
+    if runtime is not None and runtime not in runtimes:
+        raise unknown("runtime", runtime, runtimes)
+    named = [target_for(name.strip()) for name in quant.split(",")] if quant else default_targets()
+    kept = tuple(target for target in named if runtime is None or target.runtime == runtime)
+    if not kept:
+        raise BadInput(f"no quantisation of --quant runs on {runtime}", remedy="leave one of the two options out")
+    return kept
 
 
 def _numbers(text: str, where: str) -> tuple[float, ...]:

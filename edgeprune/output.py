@@ -15,8 +15,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from edgeprune.doctor import Check
-    from edgeprune.fit import Proposal
     from edgeprune.inspection import Inspection
+    from edgeprune.proposal import Proposal
 
 # Where there is no terminal to fit into, tables get room for what they hold.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -74,8 +74,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console.print(table)
 
 
-def print_proposal(proposal: Proposal) -> None:
-    """Print what `fit` is about to do."""
+def print_proposal(proposal: Proposal, seconds: float) -> None:
+    """Print what `fit` is about to do, and about how long it takes."""
     profile, budget = proposal.profile, proposal.budget
     limits = [
         f"≥ {budget.min_tokens_per_s:g} tokens/s" if budget.min_tokens_per_s else "",
@@ -99,8 +99,7 @@ def print_proposal(proposal: Proposal) -> None:
             f"{candidate.cost.memory_mib.value:.0f} MiB",
             soft_wrap=True,
         )
-    minutes = proposal.estimated_s / 60
-    errors.print(f"time    about {minutes:.0f} min" if minutes >= 1 else f"time    about {proposal.estimated_s:.0f} s")
+    errors.print(f"time    about {seconds / 60:.0f} min" if seconds >= 90 else f"time    about {seconds:.0f} s")
 
 
 def print_checks(checks: Sequence[Check]) -> None:

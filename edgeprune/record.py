@@ -10,15 +10,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import edgeprune
 from edgeprune.errors import BadInput
 from edgeprune.files import sha256
 from edgeprune.quality import Quality, quality_from_json
+
+if TYPE_CHECKING:
+    from edgeprune.fit import FitOptions, FitResult
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")
@@ -133,3 +137,66 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
     }
+
+
+def fit_record(
+    result: FitResult,
+    *,
+    model_hash: str,
+    calibration: dict[str, Any],
+    held_out: dict[str, Any],
+    options: FitOptions,
+    seconds: float,
+) -> dict[str, Any]:
+    """The record of a whole run, `fit.json`: everything that was considered, measured and chosen, and on what."""
+    proposal = result.proposal
+    trials = {candidate.name: (candidate, trial) for candidate, trial in result.trials}
+    candidates = []
+    for proposed in proposal.candidates:
+        candidate, trial = trials.get(proposed.name, (proposed, None))
+        entry = candidate.to_json()
+        if trial is not None:
+            entry |= {
+                key: value for key, value in trial.to_json().items() if key not in ("schema_version", "candidate")
+            }
+        candidates.append(entry)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "device": proposal.profile.model_dump(mode="json"),
+        "budget": proposal.budget.model_dump(mode="json"),
+        "model": {"name": proposal.model, "sha256": model_hash, "parameters": proposal.shape.parameters},
+        "calibration": calibration,
+        "held_out": held_out,
+        "candidates": candidates,
+        "chosen": result.chosen.name,
+        "verdict": result.verdict,
+        "stopped_early": len(result.trials) < len(proposal.to_measure),
+        "environment": environment(),
+        "commands": {"again": _command(result, options)},
+        "seconds": round(seconds, 1),
+    }
+
+
+def _command(result: FitResult, options: FitOptions) -> str:
+    """The command line that makes the same run again."""
+    budget = result.proposal.budget
+    values: dict[str, Any] = {
+        "--model": result.proposal.model,
+        "--device": result.proposal.profile.name,
+        "--min-tps": budget.min_tokens_per_s,
+        "--max-memory": budget.max_memory_mib,
+        "--max-file": budget.max_file_mib,
+        "--context": budget.context,
+        "--quant": ",".join(target.quantisation for target in options.targets),
+        "--calibration": options.calibration,
+        "--held-out": options.held_out,
+        "--seed": options.seed,
+        "--out": result.out,
+    }
+    words = [
+        word
+        for key, value in values.items()
+        if value is not None
+        for word in (key, f"{value:g}" if isinstance(value, float) else str(value))
+    ]
+    return shlex.join(["edgeprune", "fit", *words])

@@ -82,6 +82,7 @@ class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         self.runtime = runtime
         self.special = special or SpecialTokens()
         self.progress = progress
+        runtime.rewind(0)
         self._cached: list[int] = []  # tokens in the runtime's cache
         self._first = 0  # position of the first row of _rows
         self._rows = np.empty(
@@ -152,19 +153,22 @@ class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         """
         start = len(tokens) - n_last
         shared = _common_prefix(self._cached, tokens)
-        rows = [self._rows[:0]]
+        known = self._rows[:0]
         if start < shared and self._first <= start:
-            rows.append(self._rows[start - self._first : shared - self._first])
+            known = self._rows[start - self._first : shared - self._first]
         else:  # rows that were not kept have to be computed again, even if their tokens are in the cache
             shared = min(shared, start)
-        if shared < len(self._cached):
+        if shared < self.runtime.n_past:
             self.runtime.rewind(shared)
+        self._cached = tokens[:shared]  # true also if the runtime fails or is interrupted below
         if shared < start:
             self.runtime.forward(tokens[shared:start], last_only=True)
+        rows = known
         if rest := tokens[max(shared, start) :]:
-            rows.append(log_softmax(self.runtime.forward(rest)))
-        self._cached, self._first, self._rows = tokens, start, np.concatenate(rows)
-        return self._rows
+            rows = log_softmax(self.runtime.forward(rest))
+            rows = np.concatenate([known, rows]) if len(known) else rows
+        self._cached, self._first, self._rows = tokens, start, rows
+        return rows
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole texts: each token once, in windows of the model's context."""

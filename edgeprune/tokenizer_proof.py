@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgeprune.errors import StageFailed, missing_extra
-from edgeprune.tokenizer import load_tokenizer, steps_of
+from edgeprune.gguf_vocabulary import load_tokenizer, steps_of
 
 PROOF_TEXTS = (
     "",

@@ -291,7 +291,7 @@ def _tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, Value]:
                 remedy=f"remove {GGUF_TOKENIZER} to rebuild the tokenizer from tokenizer.json",
             )
         return file.values("tokenizer.")
-    from edgeprune.tokenizer import gguf_vocabulary
+    from edgeprune.gguf_vocabulary import gguf_vocabulary
     from edgeprune.tokenizer_proof import prove_same_ids
 
     values = gguf_vocabulary(checkpoint.folder, checkpoint.shape.vocab)

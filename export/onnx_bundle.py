@@ -68,7 +68,7 @@ def genai_config(
     eos = eos if isinstance(eos, list) else [eos]
     bos = generation.get("bos_token_id", shape.bos)
     first = eos[0] if eos else 0
-    pad = next((value for value in (generation.get("pad_token_id"), config.get("pad_token_id")) if value is not None), first)
+    pad = generation.get("pad_token_id", config.get("pad_token_id"))
     return {
         "model": {
             "bos_token_id": first if bos is None else bos,
@@ -94,7 +94,7 @@ def genai_config(
                 "num_key_value_heads": shape.layers[0].kv_heads,
             },
             "eos_token_id": eos[0] if len(eos) == 1 else eos or first,
-            "pad_token_id": pad,
+            "pad_token_id": first if pad is None else pad,
             "type": shape.family.name,
             "vocab_size": shape.vocab,
         },

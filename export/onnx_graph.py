@@ -24,6 +24,7 @@ from edgeprune.errors import BadInput, unknown
 from edgeprune.export.onnx_bundle import write_bundle
 from edgeprune.export.onnx_quant import quantise
 from edgeprune.export.onnx_store import Store
+from edgeprune.export.widths import layer_shapes
 from edgeprune.files import atomic_folder
 from edgeprune.shape import LayerShape, ModelShape, rotary_frequencies
 
@@ -88,6 +89,12 @@ def export_onnx(
     if context is not None and not 0 < context <= shape.max_positions:
         raise BadInput(f"context {context} is not in 1 ... {shape.max_positions}, the model's positions", where=folder)
     context = context or min(shape.max_positions, MAX_CONTEXT)
+    if not shape.family.gate or shape.family.activation != "silu":
+        raise BadInput(
+            f"family {shape.family.name} has an MLP that this graph does not know",
+            where=folder,
+            remedy="use --exporter optimum",
+        )
     shape = shape.with_layers(layer_shapes(checkpoint, shape))
     if shape.head_dim % 16:
         raise BadInput(
@@ -101,43 +108,6 @@ def export_onnx(
         ir.save(model, temporary / MODEL)
         write_bundle(checkpoint, shape, temporary, context=context)
     return out
-
-
-def layer_shapes(checkpoint: Checkpoint, shape: ModelShape) -> tuple[LayerShape, ...]:
-    """Widths of each layer by its tensors' dimensions.
-
-    Raises:
-        BadInput: widths that are no whole heads, or that do not fit each other.
-    """
-    family = shape.family
-    layers = []
-    for index in range(len(shape.layers)):
-
-        def outputs(role: str, columns: int, index: int = index) -> int:
-            name = f"{family.in_layer(index, role)}.weight"
-            dimensions = checkpoint.dimensions(name)
-            if len(dimensions) != 2 or dimensions[1] != columns or not dimensions[0]:
-                raise BadInput(f"{name} is {dimensions}, expected (rows, {columns})", where=checkpoint.folder)
-            return dimensions[0]
-
-        query, key = outputs("query", shape.hidden), outputs("key", shape.hidden)
-        neurons = outputs("up", shape.hidden)
-        heads, kv_heads = query // shape.head_dim, key // shape.head_dim
-        if query % shape.head_dim or key % shape.head_dim or heads % kv_heads:
-            raise BadInput(
-                f"layer {index}: {query} query and {key} key rows do not make groups of {shape.head_dim}-wide heads",
-                where=checkpoint.folder,
-            )
-        expected = {"value": (key, shape.hidden), "output": (shape.hidden, query), "down": (shape.hidden, neurons)}
-        if family.gate:
-            expected["gate"] = (neurons, shape.hidden)
-        for role, (rows, columns) in expected.items():
-            if outputs(role, columns) != rows:
-                raise BadInput(
-                    f"layer {index}: {role} has {outputs(role, columns)} rows, expected {rows}", where=checkpoint.folder
-                )
-        layers.append(LayerShape(heads, kv_heads, neurons))
-    return tuple(layers)
 
 
 class _Decoder:
@@ -220,45 +190,44 @@ class _Decoder:
             )
         self.vocab, hidden = table.shape
         path = f"/{family.embedding}"
-        tied = None
         if precision.table_bits:
-            codes, scales, zeros = self._quantised(name, table, precision.table_bits)
-            flat = self.store.alias(f"{name}.rows", codes, (self.vocab, codes.shape[1] * codes.shape[2]))
-            attributes = {
-                "bits": precision.table_bits,
-                "block_size": precision.block,
-                "gather_axis": 0,
-                "quantize_axis": 1,
-            }
-            embedded = self._node(
-                "GatherBlockQuantized",
-                [flat, ids, scales, *([zeros] if zeros else [])],
-                attributes,
-                _MICROSOFT,
-                name=f"{path}/Gather",
-            )
-            if hidden % precision.block:  # the last block of a row is padding
-                bounds = [
-                    self.store.add(f"{name}/{k}", np.array([v], np.int64))
-                    for k, v in (("start", 0), ("end", hidden), ("axis", 2))
-                ]
-                embedded = self._node("Slice", [embedded, *bounds], name=f"{path}/Slice")
-            tied = (codes, scales, zeros)
+            weight = self._quantised(name, table, precision.table_bits)
+            embedded = self._gather_quantised(ids, weight, precision.table_bits, path)
         else:
             stored = self.store.add(name, table.astype(precision.dtype, copy=False))
             embedded = self._widened(self._node("Gather", [stored, ids], name=f"{path}/Gather"), f"{path}/Cast")
 
-        def head(hidden_states: ir.Value) -> ir.Value:
+        def head(x: ir.Value) -> ir.Value:
+            path = f"/{family.head}"
             if not self.shape.tied:
-                return self._linear(hidden_states, f"/{family.head}", [family.head], precision.table_bits)
-            if tied:
-                return self._matmul_nbits(hidden_states, f"/{family.head}", tied, precision.table_bits, (self.vocab, hidden))
-            weight = self._widened(stored, f"/{family.head}/Cast")
-            return self._node(
-                "FusedMatMul", [hidden_states, weight], {"transB": 1}, _MICROSOFT, name=f"/{family.head}/MatMul"
-            )
+                return self._linear(x, path, [family.head], precision.table_bits)
+            if precision.table_bits:
+                return self._matmul_nbits(x, path, weight, precision.table_bits, (self.vocab, hidden))
+            wide = self._widened(stored, f"{path}/Cast")
+            return self._node("FusedMatMul", [x, wide], {"transB": 1}, _MICROSOFT, name=f"{path}/MatMul")
 
         return embedded, head
+
+    def _gather_quantised(self, ids: ir.Value, weight: Quantised, bits: int, path: str) -> ir.Value:
+        """Rows of a quantised table, which must have two dimensions here and has three in a matrix product."""
+        codes, scales, zeros = weight
+        rows, blocks, width = codes.const_value.shape.numpy()
+        flat = self.store.alias(f"{codes.name}.rows", codes, (rows, blocks * width))
+        if not self.shape.tied:
+            self.store.initializers.remove(codes)
+        embedded = self._node(
+            "GatherBlockQuantized",
+            [flat, ids, scales, *([zeros] if zeros else [])],
+            {"bits": bits, "block_size": self.precision.block, "gather_axis": 0, "quantize_axis": 1},
+            _MICROSOFT,
+            name=f"{path}/Gather",
+        )
+        if blocks * self.precision.block == self.shape.hidden:
+            return embedded
+        # The last block of a row is padded
+        limits = (("start", 0), ("end", self.shape.hidden), ("axis", 2))
+        bounds = [self.store.add(f"{path[1:]}/{key}", np.array([value], np.int64)) for key, value in limits]
+        return self._node("Slice", [embedded, *bounds], name=f"{path}/Slice")
 
     def _norm(
         self, residual: ir.Value, branch: ir.Value | None, path: str, module: str, *, keep_sum: bool = True
@@ -272,16 +241,15 @@ class _Decoder:
         normed, total = ir.Value(name=f"{path}.out"), ir.Value(name=f"{path}.sum")
         # Outputs without a name (mean and deviation) are not computed
         outputs = [normed, ir.Value(name=""), ir.Value(name=""), total] if keep_sum else [normed]
-        self.nodes.append(
-            ir.node(
-                "SkipSimplifiedLayerNormalization",
-                [residual, branch, scale],
-                epsilon,
-                domain=_MICROSOFT,
-                outputs=outputs,
-                name=path,
-            )
+        node = ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [residual, branch, scale],
+            epsilon,
+            domain=_MICROSOFT,
+            outputs=outputs,
+            name=path,
         )
+        self.nodes.append(node)
         return normed, total
 
     def _attention(
@@ -289,18 +257,18 @@ class _Decoder:
     ) -> ir.Value:
         family = self.shape.family
         path = f"/{family.layers}.{index}/attention"
-        packed = self._linear(x, f"{path}/qkv", [family.in_layer(index, role) for role in ("query", "key", "value")], self.precision.bits)
+        modules = [family.in_layer(index, role) for role in ("query", "key", "value")]
+        packed = self._linear(x, f"{path}/qkv", modules, self.precision.bits)
         attended = ir.Value(name=f"{path}/GroupQueryAttention.out")
-        self.nodes.append(
-            ir.node(
-                "GroupQueryAttention",
-                [packed, None, None, *state],
-                {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "do_rotary": 1},
-                domain=_MICROSOFT,
-                outputs=[attended, *present],
-                name=f"{path}/GroupQueryAttention",
-            )
+        node = ir.node(
+            "GroupQueryAttention",
+            [packed, None, None, *state],
+            {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "do_rotary": 1},
+            domain=_MICROSOFT,
+            outputs=[attended, *present],
+            name=f"{path}/GroupQueryAttention",
         )
+        self.nodes.append(node)
         return self._linear(attended, f"{path}/output", [family.in_layer(index, "output")], self.precision.bits)
 
     def _mlp(self, x: ir.Value, index: int) -> ir.Value:
@@ -381,7 +349,7 @@ class _Decoder:
 
     def _cache(self, prefix: str, index: int, kind: str, layer: LayerShape) -> ir.Value:
         length = "past_sequence_length" if prefix.startswith("past") else "total_sequence_length"
-        dimensions = ["batch_size", layer.kv_heads, length, self.shape.head_dim]
+        dimensions: list[int | str] = ["batch_size", layer.kv_heads, length, self.shape.head_dim]
         return _value(f"{prefix}.{index}.{kind}", ir.DataType.FLOAT, dimensions)
 
     def _node(self, operator: str, inputs: Sequence[ir.Value | None], *args: Any, name: str, **kw: Any) -> ir.Value:

@@ -125,7 +125,7 @@ def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return codes
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
 
 
 def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

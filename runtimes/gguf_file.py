@@ -14,105 +14,22 @@ import mmap
 import struct
 from collections import Counter
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput
+from edgeprune.runtimes.gguf_format import BLOCKS, DTYPES, PARTS, TYPE_NAMES, Value, ValueType, part_of, tensor_bytes
 
-# Block length in values and block size in bytes by ggml type: ggml-common.h of ggml 0.25.
-BLOCKS: dict[str, tuple[int, int]] = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "Q8_1": (32, 36),
-    "Q2_K": (256, 84),
-    "Q3_K": (256, 110),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-    "Q8_K": (256, 292),
-    "IQ2_XXS": (256, 66),
-    "IQ2_XS": (256, 74),
-    "IQ3_XXS": (256, 98),
-    "IQ1_S": (256, 50),
-    "IQ4_NL": (32, 18),
-    "IQ3_S": (256, 110),
-    "IQ2_S": (256, 82),
-    "IQ4_XS": (256, 136),
-    "I8": (1, 1),
-    "I16": (1, 2),
-    "I32": (1, 4),
-    "I64": (1, 8),
-    "F64": (1, 8),
-    "IQ1_M": (256, 56),
-    "BF16": (1, 2),
-    "TQ1_0": (256, 54),
-    "TQ2_0": (256, 66),
-    "MXFP4": (32, 17),
-    "NVFP4": (64, 36),
-    "Q1_0": (128, 18),
-    "Q2_0": (64, 18),
-}
-# Numbers of the types in a file; the gaps were given to formats that are gone.
-_TYPE_NUMBERS = (*range(4), *range(6, 31), 34, 35, *range(39, 43))
-_TYPE_NAMES: dict[int, str] = dict(zip(_TYPE_NUMBERS, BLOCKS, strict=True))
+__all__ = ["BLOCKS", "PARTS", "GgufFile", "TensorInfo", "Value", "ValueType", "Widths", "part_of", "tensor_bytes"]
 
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 _MAX_NAME = 63  # bytes; GGML_MAX_NAME less the final zero
 _MAX_KEY = 65535  # bytes; the format's own limit
 _MAX_STRINGS = 1 << 24  # of one array: far above any vocabulary, far below what would fill the memory
 _REMEDY = "download or convert the file again"
-
-PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
-
-
-class ValueType(IntEnum):
-    """Type numbers of metadata values."""
-
-    UINT8 = 0
-    INT8 = 1
-    UINT16 = 2
-    INT16 = 3
-    UINT32 = 4
-    INT32 = 5
-    FLOAT32 = 6
-    BOOL = 7
-    STRING = 8
-    ARRAY = 9
-    UINT64 = 10
-    INT64 = 11
-    FLOAT64 = 12
-
-
-_DTYPES: dict[ValueType, str] = {
-    ValueType.UINT8: "<u1",
-    ValueType.INT8: "<i1",
-    ValueType.UINT16: "<u2",
-    ValueType.INT16: "<i2",
-    ValueType.UINT32: "<u4",
-    ValueType.INT32: "<i4",
-    ValueType.FLOAT32: "<f4",
-    ValueType.BOOL: "?",
-    ValueType.UINT64: "<u8",
-    ValueType.INT64: "<i8",
-    ValueType.FLOAT64: "<f8",
-}
-
-
-class Value(NamedTuple):
-    """A metadata value with its type in the file, as it takes to write it again."""
-
-    value: Any
-    type: ValueType
-    item: ValueType | None = None  # of an array
 
 
 @dataclass(frozen=True)
@@ -138,26 +55,6 @@ class Widths:
     heads: int
     kv_heads: int
     neurons: int
-
-
-def tensor_bytes(type_name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of ggml type `type_name` and row-major `shape`; the row length must fill whole blocks."""
-    block, size = BLOCKS[type_name]
-    return math.prod(shape[:-1]) * (shape[-1] // block) * size
-
-
-def part_of(tensor: str) -> str:
-    """Which of `PARTS` a llama.cpp tensor name belongs to."""
-    name = tensor.split(".")[2] if tensor.startswith("blk.") and tensor.count(".") >= 2 else tensor.split(".")[0]
-    if name == "token_embd":
-        return "embedding"
-    if name == "output":
-        return "head"
-    if name.endswith("norm"):
-        return "norms"
-    if name.startswith("attn_"):
-        return "attention"
-    return "mlp" if name.startswith("ffn_") else "other"
 
 
 class _Cursor:
@@ -272,7 +169,7 @@ class GgufFile:
         item = self._value_type(cursor, key)
         if item is ValueType.ARRAY:
             cursor.fail(f"metadata value {key!r} is an array of arrays")
-        least = 8 if item is ValueType.STRING else np.dtype(_DTYPES[item]).itemsize
+        least = 8 if item is ValueType.STRING else np.dtype(DTYPES[item]).itemsize
         count = cursor.count("Q", least, f"length of array {key!r}")
         self.types[key] = (kind, item)
         if item is ValueType.STRING:
@@ -285,7 +182,7 @@ class GgufFile:
         if item is ValueType.BOOL:
             self.metadata[key] = np.frombuffer(raw, "u1") != 0
         else:
-            self.metadata[key] = np.frombuffer(raw, _DTYPES[item])
+            self.metadata[key] = np.frombuffer(raw, DTYPES[item])
 
     def _value_type(self, cursor: _Cursor, key: str) -> ValueType:
         number = cursor.number("I", f"type of {key!r}")
@@ -296,7 +193,7 @@ class GgufFile:
     def _scalar(self, cursor: _Cursor, key: str, kind: ValueType) -> Any:
         if kind is ValueType.STRING:
             return cursor.string(f"value of {key!r}", len(cursor.data))
-        dtype = np.dtype(_DTYPES[kind])
+        dtype = np.dtype(DTYPES[kind])
         start = cursor.take(dtype.itemsize, f"value of {key!r}")
         value = np.frombuffer(cursor.data[start : start + dtype.itemsize], "u1" if kind is ValueType.BOOL else dtype)
         return bool(value[0]) if kind is ValueType.BOOL else value[0].item()
@@ -315,9 +212,9 @@ class GgufFile:
         if math.prod(shape) == 0 or math.prod(shape) >= 1 << 63:
             cursor.fail(f"tensor {name!r} has an impossible shape {shape}")
         number = cursor.number("I", f"type of {name!r}")
-        if number not in _TYPE_NAMES:
+        if number not in TYPE_NAMES:
             cursor.fail(f"tensor {name!r} has unknown type {number}")
-        kind = _TYPE_NAMES[number]
+        kind = TYPE_NAMES[number]
         if shape[-1] % BLOCKS[kind][0]:
             cursor.fail(f"tensor {name!r}: rows of {shape[-1]} are not whole blocks of {kind}")
         return name, shape, kind, cursor.number("Q", f"offset of {name!r}")

@@ -351,7 +351,7 @@ def _node(data: mmap.mmap, start: int, stop: int) -> Node:
 
 
 def _precision(found: _Found) -> str:
-    """"int4" or "int8" by the widest use of quantised operators, else the type that holds most weight bytes."""
+    """ "int4" or "int8" by the widest use of quantised operators, else the type that holds most weight bytes."""
     bits = Counter(node.integers.get("bits", 4) for node in found.nodes if node.operator == "MatMulNBits")
     if bits:
         return f"int{bits.most_common(1)[0][0]}"

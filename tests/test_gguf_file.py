@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune.errors import BadInput
-from edgeprune.runtimes.gguf_file import _TYPE_NAMES, BLOCKS, GgufFile, ValueType, Widths, part_of, tensor_bytes
+from edgeprune.runtimes.gguf_file import GgufFile, Widths
+from edgeprune.runtimes.gguf_format import BLOCKS, TYPE_NAMES, ValueType, part_of, tensor_bytes
 
 RNG = np.random.default_rng(0)
 
@@ -79,7 +80,7 @@ def test_reads_what_was_written(sample: bytes, scratch: Path) -> None:
 
 def test_types_are_those_of_the_gguf_package() -> None:
     for kind in gguf.GGMLQuantizationType:
-        assert _TYPE_NAMES[int(kind)] == kind.name
+        assert TYPE_NAMES[int(kind)] == kind.name
         if kind.name != "Q8_1":  # an intermediate of computation; the package counts its two halves as floats
             assert BLOCKS[kind.name] == tuple(gguf.GGML_QUANT_SIZES[kind])
     assert tensor_bytes("Q6_K", (2, 512)) == 2 * 2 * 210

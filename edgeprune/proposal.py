@@ -1,0 +1,109 @@
+"""What `fit` is about to do: candidates, which of them would be measured, and about how long that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeprune.candidates import RATIOS, Candidate, candidates_for, nearest_miss, worth_measuring
+from edgeprune.devices import Budget, DeviceProfile
+from edgeprune.errors import NothingFits
+from edgeprune.plan import PrunePlan, uniform_plan
+from edgeprune.shape import ModelShape
+from edgeprune.targets import Target
+
+PlanFor = Callable[[float, int], PrunePlan]  # (ratio, alignment) -> plan
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What `fit` is about to do: shown before it runs, and all that `--dry-run` gives."""
+
+    model: str
+    shape: ModelShape
+    profile: DeviceProfile
+    budget: Budget
+    candidates: tuple[Candidate, ...]
+    to_measure: tuple[Candidate, ...]
+    provisional: bool  # made without scores: which heads leave, hence a few bytes, may still change
+
+    @property
+    def n_feasible(self) -> int:
+        """How many candidates are predicted to fit."""
+        return sum(candidate.fits for candidate in self.candidates)
+
+    def nothing_fits(self) -> NothingFits:
+        """The error for a budget that none of the candidates meets."""
+        miss = nearest_miss(self.candidates)
+        return NothingFits(
+            f"nothing fits {self.profile.name}; the nearest is {miss}: {'; '.join(miss.reasons)}",
+            remedy="relax the budget, or take a smaller model",
+        )
+
+
+def plans(shape: ModelShape, heads: Sequence[Any], neurons: Sequence[Any], **origin: str) -> PlanFor:
+    """Uniform plans of the same scores by (ratio, alignment), each made once.
+
+    Args:
+        heads: a layer: (heads,), importance.
+        neurons: a layer: (neurons,), importance.
+        origin: what `uniform_plan` notes of where the scores came from.
+    """
+    made: dict[tuple[float, int], PrunePlan] = {}
+
+    def plan_for(ratio: float, align: int) -> PrunePlan:
+        if (ratio, align) not in made:
+            made[ratio, align] = uniform_plan(shape, heads, neurons, ratio, align=align, **origin)
+        return made[ratio, align]
+
+    return plan_for
+
+
+def propose(
+    name: str,
+    shape: ModelShape,
+    profile: DeviceProfile,
+    budget: Budget,
+    targets: Sequence[Target],
+    plan_for: PlanFor | None = None,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    limit: int = 8,
+) -> Proposal:
+    """What could be shipped, and which of it would be measured. Arithmetic only.
+
+    Without `plan_for` (scores not yet known) all heads and all neurons count alike.
+    """
+    provisional = plan_for is None
+    if plan_for is None:
+        heads = [np.ones(layer.heads) for layer in shape.layers]
+        plan_for = plans(shape, heads, [np.ones(layer.neurons) for layer in shape.layers])
+    candidates = candidates_for(shape, plan_for, targets, profile, budget, ratios=ratios)
+    to_measure = worth_measuring(candidates, limit)
+    return Proposal(name, shape, profile, budget, tuple(candidates), tuple(to_measure), provisional)
+
+
+def estimated_seconds(shape: ModelShape, *, written: int, read: int, exports: int) -> float:
+    """Rough seconds that a run takes on this machine, from the rate of its matrix products.
+
+    Args:
+        shape: the dense model.
+        written: tokens of text the model writes, one after the other in each text.
+        read: tokens it reads at once (scores, reference, quality).
+        exports: candidates to export.
+    """
+    size = 768
+    a = np.ones((size, size), dtype=np.float32)
+    a @ a  # the first product also starts the threads
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    rate = 5 * 2 * size**3 / (time.perf_counter() - start)  # floating-point operations a second
+    # Seen on two machines: a model reads at about half of the large product's rate and writes texts side by side at a
+    # fifth of it; an export moves the weights about six times, at some 0.5 GB/s.
+    per_token = 2 * shape.parameters / rate
+    return per_token * (2 * read + 5 * written) + exports * 6 * 4 * shape.parameters / 0.5e9

@@ -1,0 +1,83 @@
+"""Calibration text: files, hub datasets, and the model's own, seeded and cached."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgeprune.calibration import mean_nll, read_texts, self_generated, text_set
+from edgeprune.errors import BadInput
+from edgeprune.models import Model
+
+
+def test_own_text_is_seeded_cached_and_of_the_length_asked_for(tiny: Model) -> None:
+    one = self_generated(tiny, count=4, length=24, seed=3)
+    calls: list[int] = []
+    again = self_generated(tiny, count=4, length=24, seed=3, progress=lambda done, _: calls.append(done))
+    assert not calls, "the second call reads the cache"
+    assert one.hash == again.hash and one.texts == again.texts
+    assert self_generated(tiny, count=4, length=24, seed=4).hash != one.hash
+    assert len(one.ids) == 4 and all(2 <= len(ids) <= 24 for ids in one.ids)
+    special = set(tiny.tokenizer.all_special_ids)
+    assert not any(int(i) in special for ids in one.ids for i in ids)
+
+
+def test_own_text_keeps_the_low_perplexity_part(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.calibration._SURPLUS", 1.0)
+    everything = self_generated(tiny, count=9, length=24, seed=11)
+    monkeypatch.setattr("edgeprune.calibration._SURPLUS", 1.5)
+    kept = self_generated(tiny, count=6, length=24, seed=11)
+    nll = sorted(mean_nll(tiny.module, ids) for ids in everything.ids)
+    assert sorted(mean_nll(tiny.module, ids) for ids in kept.ids) == pytest.approx(nll[:6], rel=1e-5)
+
+
+def test_own_ids_are_the_tokenizers_own(tiny: Model) -> None:
+    for text, ids in zip(*(lambda s: (s.texts, s.ids))(self_generated(tiny, count=4, length=24, seed=5)), strict=True):
+        assert tiny.tokenizer.decode(ids) == text
+
+
+def test_plain_text_is_cut_into_pieces(tiny: Model, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("The kettle sings before the water boils. " * 50)
+    pieces = text_set(tiny, str(path), count=3, length=16)
+    assert [len(ids) for ids in pieces.ids] == [16, 16, 16]
+    assert torch.equal(torch.cat(pieces.ids), torch.tensor(tiny.tokenizer(path.read_text())["input_ids"][:48]))
+
+
+def test_records_give_their_fields_in_order(tmp_path: Path) -> None:
+    records = [{"instruction": "Add.", "input": "1 and 2", "output": "3", "id": 7}, {"text": "plain"}, "bare"]
+    lines = "\n".join(json.dumps(r) for r in records)
+    expected = ["Add.\n1 and 2\n3", "plain", "bare"]
+    (tmp_path / "a.jsonl").write_text(lines + "\n\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.json"):
+        assert list(read_texts(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"  \n", "empty"),
+        ("a.txt", b"\xff\xfe\x00", "UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{oops', "line 2"),
+        ("a.jsonl", b'{"label": 1}\n', "no record has a text field"),
+        ("a.json", b'{"text": "x"}', "list of records"),
+        ("a.jsonl.gz", b"not gzip", "cannot read"),
+    ],
+)
+def test_bad_files_say_where_and_what(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=message) as caught:
+        list(read_texts(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_name_that_is_no_file_and_no_dataset(tiny: Model) -> None:
+    with pytest.raises(BadInput, match="hub dataset"):
+        text_set(tiny, "nobody/no-such-dataset", count=1, length=8)

@@ -1,0 +1,145 @@
+"""Names become models: folders, GGUF files, hub ids; and what is refused, with one line that helps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeLlama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.errors import BadInput
+from edgeprune.models import load, resolve
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_checkpoint_reads_what_torch_wrote(make_llama: MakeLlama) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        folder = make_llama(dtype=dtype)
+        checkpoint = Checkpoint(folder)
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            assert np.array_equal(checkpoint.tensor(name), tensor.float().numpy())
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 4000), flips=st.lists(st.tuples(st.integers(0, 3999), st.integers(0, 255)), max_size=4))
+def test_hostile_safetensors_never_end_in_anything_but_bad_input(
+    tiny_folder: Path, tmp_path: Path, cut: int, flips: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path / "hostile"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shutil.copy(tiny_folder / "config.json", folder)
+    data = bytearray((tiny_folder / "model.safetensors").read_bytes())
+    for at, value in flips:
+        data[at] = value
+    (folder / "model.safetensors").write_bytes(data[: len(data) - cut])
+    try:
+        checkpoint = Checkpoint(folder)
+        for name in checkpoint.names:
+            checkpoint.tensor(name)
+    except BadInput as error:
+        assert "\n" not in str(error)
+
+
+def test_pickles_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(BadInput, match="pickled weights"):
+        load(tmp_path)
+    with pytest.raises(BadInput, match="pickled weights"):
+        resolve(str(tmp_path / "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dmeo", "did you mean 'demo'"),
+        ("./nowhere", "no such file"),
+        ("missing.gguf", "no such file"),
+        ("nobody/no-such-model", "hub"),
+    ],
+)
+def test_unknown_models(name: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        resolve(name)
+    assert caught.value.remedy or "no such" in str(caught.value)
+
+
+def test_unknown_family_names_the_supported(make_llama: MakeLlama) -> None:
+    folder = make_llama()
+    change_config(folder, model_type="lama")
+    with pytest.raises(BadInput, match=r"unknown model family 'lama'; did you mean 'llama'\? known: llama"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": -1},
+        {"hidden_size": "many"},
+        {"num_attention_heads": 6},
+        {"num_hidden_layers": None},
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"model_type": 3},
+    ],
+)
+def test_impossible_configs_are_refused(make_llama: MakeLlama, changes: dict[str, object]) -> None:
+    folder = make_llama()
+    change_config(folder, **changes)
+    with pytest.raises(BadInput, match=r"config\.json"):
+        load(folder)
+
+
+def test_weights_that_do_not_match_are_never_made_up(make_llama: MakeLlama) -> None:
+    folder = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="do not match"):
+        load(folder)
+    folder = make_llama()
+    change_config(folder, intermediate_size=64)
+    with pytest.raises(BadInput):
+        load(folder)
+
+
+def test_broken_json_is_one_line(make_llama: MakeLlama) -> None:
+    folder = make_llama()
+    for text in ("{", "[]", "[" * 100_000, ""):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(BadInput, match=r"config\.json") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_hub_id_is_found_in_the_local_cache(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of the hub's cache: refs name a revision, snapshots hold its files."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_folder, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
+    assert resolve("someone/tiny") == snapshot
+    assert load("someone/tiny").shape.parameters == Checkpoint(tiny_folder).shape.parameters
+
+
+def test_the_hash_follows_the_weights(make_llama: MakeLlama) -> None:
+    one, same, other = make_llama(), make_llama(), make_llama(seed=1)
+    assert Checkpoint(one).hash() == Checkpoint(same).hash() != Checkpoint(other).hash()
