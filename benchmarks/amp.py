@@ -20,7 +20,7 @@ from edgeprune.calibration import text_set
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.files import cache_dir, write_json
 from edgeprune.models import load
-from edgeprune.prune import CALIBRATION_LENGTH, CALIBRATION_TEXTS, METHODS, cached_scores, plan_for
+from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, METHODS, cached_scores, plan_for
 from edgeprune.quality import evaluate
 from edgeprune.record import environment
 from edgeprune.reference import make_reference

@@ -86,11 +86,12 @@ def compare(ours: Decode, theirs: Decode, *, tokens: int, rounds: int) -> dict[s
             ours_ts = ours(tokens)
             samples.append((ours_ts, theirs(tokens)))
     measured = np.array(samples[1:])
-    ratio, low, high = median_interval((measured[:, 0] / measured[:, 1]).tolist())
+    ratios = (measured[:, 0] / measured[:, 1]).tolist()
+    low, high = median_interval(ratios)
     return {
         "ours_ts": float(np.median(measured[:, 0])),
         "builder_ts": float(np.median(measured[:, 1])),
-        "ratio": ratio,
+        "ratio": float(np.median(ratios)),
         "ratio_low": low,
         "ratio_high": high,
         "samples_ts": measured.tolist(),
@@ -131,9 +132,9 @@ def main() -> None:
         }
     size_ratio = sizes["ours"] / sizes["builder"]
     print(
-        f"{args.precision}, {args.threads} threads, tg{args.tokens}, {args.rounds} rounds; exported in {seconds:.1f} s\n"
+        f"{args.precision}, {args.threads} threads, tg{args.tokens}, {args.rounds} rounds; exported in {seconds:.0f} s"
     )
-    print("| | ours | builder | ours / builder | aim |\n|---|---|---|---|---|")
+    print("\n| | ours | builder | ours / builder | aim |\n|---|---|---|---|---|")
     print(f"| file, MB | {sizes['ours'] / 1e6:.1f} | {sizes['builder'] / 1e6:.1f} | {size_ratio:.3f} | <= {SIZE_AIM} |")
     for name, row in speed.items():
         ratio = f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"

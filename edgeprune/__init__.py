@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Imported on first use, so that a board, which needs only the runtimes, never imports torch.
+# The modules have other names than the functions: importing `edgeprune.fit` would put a module in `fit`'s place.
 _API = {
-    "fit": "edgeprune.fit",
-    "prune": "edgeprune.prune",
+    "fit": "edgeprune.fitting",
+    "prune": "edgeprune.pruning",
     "DeviceProfile": "edgeprune.devices",
     "Budget": "edgeprune.devices",
 }
@@ -18,8 +19,8 @@ __all__ = ["Budget", "DeviceProfile", "fit", "prune"]
 
 if TYPE_CHECKING:
     from edgeprune.devices import Budget, DeviceProfile
-    from edgeprune.fit import fit
-    from edgeprune.prune import prune
+    from edgeprune.fitting import fit
+    from edgeprune.pruning import prune
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from edgeprune.models import COMPANIONS
 from edgeprune.record import Trial, environment
 
 if TYPE_CHECKING:
-    from edgeprune.fit import FitResult
+    from edgeprune.fitting import FitResult
 
 SCHEMA_VERSION = 1
 

@@ -119,8 +119,8 @@ def fit(
 ) -> None:
     """Find the version of a model that loses least within a device's budget; export, measure and bundle it."""
     from edgeprune.devices import Budget, load_profile
-    from edgeprune.fit import FitOptions, estimate, prepare
-    from edgeprune.fit import fit as run_fit
+    from edgeprune.fitting import FitOptions, estimate, prepare
+    from edgeprune.fitting import fit as run_fit
     from edgeprune.report import MEASURED_HEADER, measured_rows
 
     profile = load_profile(device)
@@ -205,7 +205,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune a model to a checkpoint that stock transformers loads."""
-    from edgeprune.prune import prune as run_prune
+    from edgeprune.pruning import prune as run_prune
     from edgeprune.targets import target_for
 
     if align.isdigit():

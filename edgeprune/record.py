@@ -22,7 +22,7 @@ from edgeprune.files import sha256
 from edgeprune.quality import Quality, quality_from_json
 
 if TYPE_CHECKING:
-    from edgeprune.fit import FitOptions, FitResult
+    from edgeprune.fitting import FitOptions, FitResult
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")

@@ -11,7 +11,7 @@ from edgeprune.files import atomic_file, write_text
 from edgeprune.record import Trial
 
 if TYPE_CHECKING:
-    from edgeprune.fit import FitResult
+    from edgeprune.fitting import FitResult
 
 PLOT = "pareto.png"
 

@@ -19,6 +19,7 @@ from edgeprune.runtimes.records import to_dict
 from edgeprune.surgery import prune_checkpoint
 
 TIMEOUT_S = 1800.0
+BENCH_CONTEXT = 513  # what pp512 and the token after it need
 
 Progress = Callable[[str, int, int], None]
 
@@ -26,12 +27,13 @@ Progress = Callable[[str, int, int], None]
 class Workshop:
     """Exports and measures candidates of one run; what it makes on the way is kept until `clean`."""
 
-    def __init__(self, folder: Path, source: Path, reference: Path, threads: int, *, bench: bool) -> None:
+    def __init__(self, folder: Path, source: Path, reference: Path, threads: int, *, bench: bool, context: int) -> None:
         self.folder = folder
         self.source = source
         self.reference = reference
         self.threads = threads
         self.bench = bench
+        self.context = context
 
     def export(self, candidate: Candidate) -> Path:
         """The exported file or folder of a candidate, made at first use."""
@@ -74,7 +76,13 @@ class Workshop:
             )
             speed = {}
             if self.bench:
-                result = bench(path, threads=self.threads, runtime=candidate.target.runtime, timeout_s=TIMEOUT_S)
+                result = bench(
+                    path,
+                    threads=self.threads,
+                    runtime=candidate.target.runtime,
+                    n_ctx=max(self.context, BENCH_CONTEXT),
+                    timeout_s=TIMEOUT_S,
+                )
                 if result.status != "ok":
                     raise StageFailed(f"{result.status}: {result.reason}", where=path)
                 speed = {record.test: to_dict(record) for record in result.records}
@@ -103,7 +111,7 @@ def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
         candidate.target.runtime,
         workshop.reference.name,
         workshop.threads,
-        workshop.bench,
+        workshop.bench and workshop.context,
         here["edgeprune"],
         here["packages"],
         here["platform"],

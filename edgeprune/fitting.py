@@ -21,7 +21,7 @@ from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import cache_dir, write_json
 from edgeprune.models import Model, checkpoint_folder, load, resolve
 from edgeprune.proposal import Proposal, estimated_seconds, plans, propose
-from edgeprune.prune import CALIBRATION_LENGTH, CALIBRATION_TEXTS, cached_scores
+from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, cached_scores
 from edgeprune.quality import differs
 from edgeprune.record import Trial, append_trial, files_of, fit_record, read_trials
 from edgeprune.reference import make_reference
@@ -211,7 +211,7 @@ def fit(
 
     # Measure each candidate's exported file, choose, and bundle.
     here = profile.name == "host"  # the device is this machine, so that its speed can be measured
-    workshop = Workshop(out / "work", source, reference, settings.threads, bench=here)
+    workshop = Workshop(out / "work", source, reference, settings.threads, bench=here, context=budget.context)
     trials = _measure(proposal, workshop, out / "trials.jsonl", model_hash, settings, started, progress)
     fitting = [(candidate, trial) for candidate, trial in trials if candidate.fits]
     winner = choose(fitting)
@@ -307,15 +307,25 @@ def _measure(
                 break
             trial = workshop.measure(candidate, key, progress)
             append_trial(log, trial)
-        tg = trial.speed.get("tg128")
-        wanted = proposal.budget.min_tokens_per_s
-        if tg and wanted:  # where speed was measured, the prediction no longer decides
-            slow = tg["median_ts"] < wanted
-            reason = f"needs {wanted:g} tokens/s, measured {tg['median_ts']:.1f}"
-            others = tuple(r for r in candidate.reasons if "tokens/s" not in r)
-            candidate = replace(candidate, reasons=(*others, reason) if slow else others)
+        if trial.speed:  # measured on the device itself: the prediction no longer decides
+            candidate = replace(candidate, reasons=judge_measured(trial, proposal.budget))
         measured.append((candidate, trial))
     return measured
+
+
+def judge_measured(trial: Trial, budget: Budget) -> tuple[str, ...]:
+    """Limits of the budget that a file broke when it was measured on the device."""
+    reasons = []
+    speed = trial.speed["tg128"]["median_ts"]
+    if budget.min_tokens_per_s is not None and speed < budget.min_tokens_per_s:
+        reasons.append(f"needs {budget.min_tokens_per_s:g} tokens/s, measured {speed:.1f}")
+    peaks = [test["peak_mib"] for test in trial.speed.values() if test["peak_mib"] is not None]
+    if budget.max_memory_mib is not None and peaks and max(peaks) > budget.max_memory_mib:
+        reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, measured {max(peaks):.0f}")
+    size = sum(file["bytes"] for file in trial.files.values()) / (1 << 20)
+    if budget.max_file_mib is not None and size > budget.max_file_mib:
+        reasons.append(f"file at most {budget.max_file_mib:.4g} MiB, measured {size:.1f}")
+    return tuple(reasons)
 
 
 def _verdict(chosen: Candidate, trial: Trial, profile: DeviceProfile, budget: Budget) -> str:

@@ -1,0 +1,267 @@
+"""`fit` end to end on tiny models, through the real exports and runtimes; and once on the real demo model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import onnxruntime
+import pytest
+
+import edgeprune
+from edgeprune.candidates import candidates_for, nearest_miss, worth_measuring
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.devices import Budget, load_profile
+from edgeprune.errors import BadInput, NothingFits, StageFailed
+from edgeprune.fitting import FitResult, choose, fit
+from edgeprune.metrics import mean_interval
+from edgeprune.plan import PrunePlan
+from edgeprune.proposal import propose
+from edgeprune.quality import Quality
+from edgeprune.record import Trial, append_trial, read_trials
+from edgeprune.reference import MeasuredOn
+from edgeprune.report import pareto_front
+from edgeprune.targets import default_targets, target_for
+
+RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and short texts: what is tested is the way through, not the figures."""
+    for module in ("edgeprune.fitting", "edgeprune.pruning"):
+        monkeypatch.setattr(f"{module}.CALIBRATION_TEXTS", 4)
+        monkeypatch.setattr(f"{module}.CALIBRATION_LENGTH", 32)
+    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_WINDOWS", 3)
+    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_LENGTH", 32)
+
+
+def speed_between(folder: Path, ratio_fast: float, quantisation: str, context: int) -> Budget:
+    """A budget that dense misses and the model pruned by `ratio_fast` meets."""
+    shape, profile = Checkpoint(folder).shape, load_profile("rpi5")
+    proposal = propose("m", shape, profile, Budget(context=context), [target_for(quantisation)], ratios=RATIOS)
+    near = min(proposal.candidates, key=lambda c: abs(c.plan.reached_ratio - ratio_fast))
+    assert not near.dense
+    return Budget(min_tokens_per_s=near.cost.decode_tps.value * 0.999, context=context)
+
+
+def run(folder: Path, out: Path, budget: Budget, **options: Any) -> FitResult:
+    options.setdefault("targets", ["Q8_0", "int8"])
+    return fit(folder, "rpi5", budget, out=out, ratios=RATIOS, threads=2, **options)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny, but mostly neurons, so that pruning changes its predicted speed."""
+    from conftest import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("wide") / "llama", intermediate_size=512, max_position_embeddings=512)
+
+
+def test_the_api_is_importable_and_lazy() -> None:
+    assert edgeprune.fit is fit
+    assert edgeprune.Budget is Budget
+    assert callable(edgeprune.prune)
+
+
+def test_fit_prunes_to_a_budget_and_proves_it(wide: Path, tmp_path: Path) -> None:
+    budget = speed_between(wide, 0.3, "Q8_0", 64)
+    seen: list[str] = []
+    result = run(wide, tmp_path / "run", budget, progress=lambda stage, _d, _t: seen.append(stage))
+    assert not result.chosen.dense and result.chosen.fits
+    assert result.chosen.cost.decode_tps.value >= (budget.min_tokens_per_s or 0)
+
+    record = json.loads((tmp_path / "run" / "fit.json").read_text())
+    assert record["schema_version"] == 1 and record["chosen"] == result.chosen.name
+    by_name = {c["name"]: c for c in record["candidates"]}
+    dense = [c for c in by_name.values() if c["plan"]["reached_ratio"] == 0]
+    assert dense and all(not c["fits"] and "tokens/s" in c["reasons"][0] for c in dense)
+    chosen = by_name[record["chosen"]]
+    assert chosen["predicted"]["decode_tps"]["kind"] == "predicted"
+    assert chosen["quality"]["kl_nats"]["mean"] > 0 and chosen["speed"] == {}, "not the device, so no measured speed"
+
+    best = result.best
+    for line in (best / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((best / name).read_bytes()).hexdigest() == digest
+    bundle = json.loads((best / "bundle.json").read_text())
+    assert bundle["n_ctx"] == 64 and bundle["model_file"] == "model.gguf" and bundle["predicted"]["on"] == "rpi5"
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert result.verdict in report and (tmp_path / "run" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "measuring" in " ".join(seen)
+    assert not (tmp_path / "run" / "work").exists()
+
+    # Stock software loads what was chosen: the widths in the file are those of the plan.
+    llama = llama_cpp.Llama(str(best / "model.gguf"), n_ctx=32, verbose=False)
+    widths = result.chosen.shape.layers[0]
+    assert llama.metadata["llama.feed_forward_length"] == str(widths.neurons)
+    assert llama.metadata["llama.attention.head_count"] == str(widths.heads)
+
+
+def test_the_other_runtime_gets_its_best_too(wide: Path, tmp_path: Path) -> None:
+    result = run(wide, tmp_path / "run", Budget(context=64))
+    assert {c.target.runtime for c, _ in result.trials} == {"llamacpp", "onnxruntime"}
+    (other,) = (tmp_path / "run").glob("best-*")
+    onnx = next(f for f in (result.best, other) if (f / "model.onnx").exists())
+    session = onnxruntime.InferenceSession(str(onnx / "model.onnx"))
+    assert {"input_ids", "attention_mask"} <= {i.name for i in session.get_inputs()}
+    assert (onnx / "genai_config.json").exists() and (onnx / "bundle.json").exists()
+
+
+def test_a_second_run_repeats_no_trial(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
+    log = (tmp_path / "run" / "trials.jsonl").read_text()
+
+    def never(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("edgeprune.workshop.evaluate", never)
+    again = run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
+    assert (tmp_path / "run" / "trials.jsonl").read_text() == log
+    assert again.verdict == first.verdict
+    with pytest.raises(AssertionError, match="measured again"):
+        run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"], resume=False)
+
+
+def test_a_failing_candidate_is_a_result_and_the_others_go_on(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeprune import workshop
+
+    real = workshop.evaluate
+
+    def sometimes(path: Path, *args: Any, **kwargs: Any) -> Quality:
+        if "int8" in path.name:
+            raise StageFailed("crash: SIGSEGV", where=path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(workshop, "evaluate", sometimes)
+    result = run(wide, tmp_path / "run", Budget(context=64))
+    outcomes = {c.target.quantisation: (t.status, t.reason) for c, t in result.trials}
+    assert outcomes == {"Q8_0": ("ok", None), "int8": ("crash", "SIGSEGV")}
+    assert "crash: SIGSEGV" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_max_time_stops_after_the_first(wide: Path, tmp_path: Path) -> None:
+    result = run(wide, tmp_path / "run", Budget(context=64), max_time_s=1e-9)
+    assert len(result.trials) == 1
+    assert json.loads((tmp_path / "run" / "fit.json").read_text())["stopped_early"] is True
+
+
+def test_nothing_fits_names_the_nearest_miss_and_writes_nothing(wide: Path, tmp_path: Path) -> None:
+    with pytest.raises(NothingFits, match=r"nearest is .*needs 1e\+08 tokens/s, predicted") as caught:
+        run(wide, tmp_path / "run", Budget(min_tokens_per_s=1e8, context=64))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_comes_before_the_work(wide: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadInput, match="not a folder"):
+        run(wide, tmp_path / "file", Budget(context=64))
+    with pytest.raises(BadInput, match="context 4096 is more than the model's 512"):
+        run(wide, tmp_path / "run", Budget(context=4096))
+    with pytest.raises(BadInput, match="did you mean 'Q4_0'"):
+        run(wide, tmp_path / "run", Budget(context=64), targets=["Q4_O"])
+    with pytest.raises(BadInput, match="did you mean 'rpi5'"):
+        fit(wide, "rpi55", Budget(context=64))
+
+
+def quality(kl: list[float]) -> Quality:
+    return Quality(
+        perplexity=1.0,
+        bits_per_byte=1.0,
+        nll_nats=mean_interval(kl),
+        n_tokens=1,
+        n_bytes=1,
+        n_windows=len(kl),
+        nll_windows=tuple(kl),
+        text="t",
+        measured_on=MeasuredOn("r", "m"),
+        kl_nats=mean_interval(kl),
+        top1=mean_interval(kl),
+        kl_windows=tuple(kl),
+        reference="ref",
+    )
+
+
+def test_choice_is_by_quality_and_by_speed_on_a_tie(tiny_folder: Path) -> None:
+    shape, profile = Checkpoint(tiny_folder).shape, load_profile("rpi5")
+    slow, fast = propose(
+        "m", shape, profile, Budget(context=64), [target_for("F32"), target_for("Q4_0")], ratios=(0.0,)
+    ).candidates
+    assert slow.cost.decode_tps.value < fast.cost.decode_tps.value
+    noise = np.random.default_rng(0).normal(0, 0.01, 12)
+    base = Trial("k", "c", "ok", None, quality([0.1] * 12))
+    near = replace(base, quality=quality((0.1 + noise - noise.mean() + 0.0001).tolist()))
+    far = replace(base, quality=quality([0.2] * 12))
+    failed = Trial("k", "c", "oom", "SIGKILL", None)
+    assert choose([(slow, base), (fast, near)]) == (fast, near)
+    assert choose([(slow, base), (fast, far)]) == (slow, base)
+    assert choose([(slow, base), (fast, failed)]) == (slow, base)
+    assert choose([(fast, failed)]) is None
+    measured = replace(near, speed={"tg128": {"median_ts": 1.0}})
+    quick = replace(base, speed={"tg128": {"median_ts": 2.0}})
+    assert choose([(slow, quick), (fast, measured)]) == (slow, quick), "measured speed goes before predicted"
+
+
+def test_only_the_least_pruned_of_a_target_is_measured(wide: Path) -> None:
+    budget = speed_between(wide, 0.2, "Q8_0", 64)
+    proposal = propose("m", Checkpoint(wide).shape, load_profile("rpi5"), budget, default_targets(), ratios=RATIOS)
+    for candidate in proposal.to_measure:
+        less = [
+            c
+            for c in proposal.candidates
+            if c.target == candidate.target and c.plan.reached_ratio < candidate.plan.reached_ratio
+        ]
+        assert candidate.fits and not any(c.fits for c in less)
+    one = worth_measuring(proposal.candidates, 2)
+    assert {c.target.runtime for c in one} == {"llamacpp", "onnxruntime"}
+
+
+def test_nearest_miss_breaks_the_fewest_limits(wide: Path) -> None:
+    shape, profile = Checkpoint(wide).shape, load_profile("rpi5")
+    budget = Budget(min_tokens_per_s=1e8, max_memory_mib=1, max_file_mib=0.3, context=64)
+
+    def plan_for(ratio: float, align: int) -> PrunePlan:
+        return (
+            propose("m", shape, profile, Budget(context=64), [target_for("Q8_0")], ratios=(ratio,)).candidates[-1].plan
+        )
+
+    candidates = candidates_for(shape, plan_for, [target_for("Q8_0")], profile, budget, ratios=RATIOS)
+    miss = nearest_miss(candidates)
+    assert len(miss.reasons) == min(len(c.reasons) for c in candidates)
+
+
+def test_trials_survive_a_torn_line(tmp_path: Path) -> None:
+    log = tmp_path / "trials.jsonl"
+    one = Trial("a", "c1", "ok", None, quality([0.1, 0.2]), {}, {"f": {"sha256": "0", "bytes": 1}}, 1.0)
+    append_trial(log, one)
+    with log.open("ab") as file:
+        file.write(b'{"schema_version": 1, "key": "b", "cand')
+    assert read_trials(log) == {"a": one}
+    append_trial(log, replace(one, key="c"))
+    with pytest.raises(BadInput, match="line 2"):
+        read_trials(log)
+
+
+def test_pareto_front() -> None:
+    assert pareto_front([(1, 1), (2, 0.5), (3, 2), (0.5, 0.1), (2.5, 3)]) == [2, 1, 3]
+
+
+@pytest.mark.demo
+def test_fit_on_the_demo_model(tmp_path: Path, demo_gguf: Path) -> None:
+    """The real model, a real budget: dense does not fit, the choice does, and llama.cpp continues a sentence."""
+    budget = Budget(min_tokens_per_s=125, context=512)
+    result = fit(demo_gguf, "rpi5", budget, out=tmp_path / "run", targets=["Q4_0"], ratios=(0.0, 0.1, 0.2, 0.3))
+    assert not result.chosen.dense and result.trial.quality is not None
+    assert 0.05 < result.trial.quality.kl_nats.mean < 6
+    assert result.chosen.plan.reached_ratio == pytest.approx(result.chosen.plan.asked_ratio, abs=0.0124)
+    llama = llama_cpp.Llama(str(result.best / "model.gguf"), n_ctx=64, verbose=False)
+    answer = llama("The capital of France is", max_tokens=8, temperature=0.0)
+    assert answer["choices"][0]["text"].strip()
