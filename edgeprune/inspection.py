@@ -74,7 +74,7 @@ def _onnx(path: Path) -> Inspection:
         parameters=None,  # block-quantised tensors do not tell how much of them is padding
         layers=tuple(LayerShape(w.heads, w.kv_heads, w.neurons or 0) for w in found.layers),
         bytes_by_part={},
-        types=Counter(tensor.dtype for tensor in found.initializers),
+        types=dict(Counter(tensor.dtype for tensor in found.initializers)),
         file_bytes=found.file_bytes,
         facts={
             "precision": found.precision,
@@ -98,7 +98,7 @@ def _checkpoint(path: Path) -> Inspection:
         parameters=sum(math.prod(checkpoint.dimensions(name)) for name in checkpoint.names),
         layers=shape.layers,
         bytes_by_part=parts,
-        types=Counter(checkpoint.dtype(name) for name in checkpoint.names),
+        types=dict(Counter(checkpoint.dtype(name) for name in checkpoint.names)),
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
         facts={
             "hidden size": str(shape.hidden),

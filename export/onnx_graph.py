@@ -54,11 +54,12 @@ class Precision:
 
 # Chosen by measurement on SmolLM2-135M-Instruct (AVX-512, ONNX Runtime 1.32; KL to fp32 in nats per token over 1356
 # tokens, MB of data, decode on one thread relative to int4):
-#   int4, asymmetric     0.35   88 MB  1.00    symmetric: 0.41, 86 MB, same speed; without the search of ranges: 0.40
+#   int4, asymmetric     0.37   88 MB  1.00    symmetric: 0.41, 86 MB, same speed; without the search of ranges: 0.40
 #   int4-head8           0.23  103 MB  0.84
 #   int8, blocks of 64   0.008 145 MB  0.60    blocks of 32: 0.005, 154 MB, slower by 7 %
-# DynamicQuantizeMatMul (int8, 1.3 times as fast) is no choice: it has one scale for the activations of all tokens,
-# which the few very large ones of the first tokens rule: 0.44 for a prompt in one piece, 0.02 token by token.
+# DynamicQuantizeMatMul (int8, about 1.3 times as fast) is no choice: it has one scale for the activations of all tokens
+# of a call, so a token of large activations spoils the others: 0.62 for a prompt in one piece, 0.02 token by token
+# (on the 235 tokens of plain prose among them).
 PRECISIONS: dict[str, Precision] = {
     "int4": Precision(bits=4, table_bits=4, symmetric=False),
     "int4-head8": Precision(bits=4, table_bits=8, symmetric=False),

@@ -1,0 +1,159 @@
+"""The command line as a user meets it: exit codes, one-line errors, output that machines can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MakeLlama
+from typer.testing import CliRunner
+
+from edgeprune.cli import app
+
+
+def edgeprune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a shell would."""
+    return subprocess.run(
+        [sys.executable, "-m", "edgeprune.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "160"},
+        timeout=300,
+        check=False,
+    )
+
+
+def test_every_command_has_help() -> None:
+    runner = CliRunner()
+    for command in (
+        ["fit"],
+        ["prune"],
+        ["export"],
+        ["bench"],
+        ["eval"],
+        ["inspect"],
+        ["doctor"],
+        ["devices", "list"],
+        ["devices", "show"],
+    ):
+        result = runner.invoke(app, [*command, "--help"])
+        assert result.exit_code == 0 and "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--device", "rpi55", "--dry-run"], "unknown device 'rpi55'; did you mean 'rpi5'?"),
+        (["fit", "--model", "dmeo", "--device", "rpi5"], "unknown model 'dmeo'; did you mean 'demo'?"),
+        (["fit", "--device", "rpi5", "--quant", "Q4_O"], "unknown quantisation 'Q4_O'; did you mean 'Q4_0'?"),
+        (["fit", "--device", "rpi5", "--runtime", "lamacpp"], "did you mean 'llamacpp'?"),
+        (["fit", "--device", "rpi5", "--runtime", "onnxruntime", "--quant", "Q4_0"], "no quantisation of --quant"),
+        (["fit", "--device", "rpi5", "--min-tps", "-3"], "min_tokens_per_s"),
+        (["fit", "--device", "rpi5", "--max-time", "soon"], "--max-time"),
+        (["fit", "--device", "rpi5", "--ratios", "0.1,many"], "--ratios"),
+        (["prune", "demo-", "--ratio", "0.1", "--out", "x"], "did you mean 'demo'?"),
+        (["bench", "nowhere.gguf"], "no such file"),
+        (["eval", "nowhere.gguf"], "nothing to judge on"),
+        (["inspect", "nowhere"], "no such file"),
+        (["export", "demo", "--quant", "int4", "--out", "x.gguf"], "needs a folder"),
+        (["export", "demo", "--quant", "Q4_0", "--out", "x"], "ends in .gguf"),
+        (["export", "demo", "--quant", "Q4_0", "--out", "x.gguf", "--exporter", "optimun"], "did you mean 'optimum'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = edgeprune(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_hostile_files_are_one_line(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
+    (tmp_path / "bad.toml").write_text("name = [")
+    onnx = tmp_path / "onnx"
+    onnx.mkdir()
+    (onnx / "model.onnx").write_bytes(b"\x0a\xff\xff\xff\xff\x7f")
+    for arguments in (
+        ["inspect", tmp_path / "bad.gguf"],
+        ["bench", tmp_path / "bad.gguf", "-p", "8", "-n", "8"],
+        ["fit", "--model", tmp_path / "bad.gguf", "--device", "rpi5"],
+        ["inspect", onnx],
+        ["bench", onnx, "-p", "8", "-n", "8"],
+        ["fit", "--device", tmp_path / "bad.toml", "--model", tiny_folder],
+    ):
+        result = edgeprune(*arguments, cwd=tmp_path)
+        assert result.returncode == 2, (arguments, result.stderr)
+        # What it was about to do may stand before; then one line, and nothing of Python's.
+        assert [line.startswith("error: ") for line in result.stderr.splitlines()].count(True) == 1, result.stderr
+        assert result.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_a_budget_nothing_meets_is_exit_code_3(tiny_folder: Path, tmp_path: Path) -> None:
+    result = edgeprune(
+        "fit", "--model", tiny_folder, "--device", "rpi5", "--min-tps", "9e7", "--context", "128", cwd=tmp_path
+    )
+    assert result.returncode == 3
+    assert "nothing fits rpi5; the nearest is" in result.stderr and "predicted" in result.stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    result = edgeprune(
+        "fit", "--model", tiny_folder, "--device", "rpi5", "--context", "128", "--dry-run", "--json", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    candidates = json.loads(result.stdout)
+    assert {"predicted", "fits", "reasons"} <= candidates[0].keys()
+    assert "budget" in result.stderr and "time    about" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_prune_export_inspect_eval_and_bench_stand_alone(
+    make_llama: MakeLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_llama(max_position_embeddings=512)
+    text = tmp_path / "text.txt"
+    text.write_text("The kettle sings before the water boils, and nobody listens to it at all. " * 60)
+    pruned = tmp_path / "pruned"
+    done = edgeprune("prune", source, "--ratio", "0.2", "--out", pruned, "--calibration", text, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["asked_ratio"] == 0.2 and abs(summary["reached_ratio"] - 0.2) < 0.11 and summary["align"] == 32
+
+    for quant, out in (("Q8_0", "model.gguf"), ("int8", "onnx")):
+        done = edgeprune("export", pruned, "--quant", quant, "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr
+        found = edgeprune("inspect", tmp_path / out, "--json")
+        assert json.loads(found.stdout)["layers"][0]["neurons"] == summary["neurons"], found.stderr
+
+    judged = edgeprune(
+        "eval", tmp_path / "model.gguf", "--reference", source, "--text", text, "--windows", 4, "--length", 64, "--json"
+    )
+    assert judged.returncode == 0, judged.stderr
+    quality = json.loads(judged.stdout)["quality"]
+    assert quality["kl_nats"]["mean"] > 0 and quality["measured_on"]["runtime"] == "llamacpp"
+
+    speed = edgeprune("bench", tmp_path / "model.gguf", "-p", 16, "-n", 8, "-r", 2, "-t", 1, "--output", "json")
+    assert speed.returncode == 0, speed.stderr
+    records = json.loads(speed.stdout)
+    assert [(r["n_prompt"], r["n_gen"]) for r in records] == [(16, 0), (0, 8)]
+    assert all(r["avg_ts"] > 0 and len(r["samples_ts"]) == 2 for r in records)
+
+
+def test_devices() -> None:
+    listed = edgeprune("devices", "list", "--json")
+    assert "rpi5" in {profile["name"] for profile in json.loads(listed.stdout)}
+    shown = edgeprune("devices", "show", "rpi5")
+    assert shown.returncode == 0 and "published" in shown.stdout and "decode.cpu.gbs" in shown.stdout
+
+
+def test_doctor_reports_json() -> None:
+    result = edgeprune("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(result.stdout)}
+    assert result.returncode == (4 if any(c["ok"] is False for c in checks.values()) else 0)
+    assert len(checks) > 5
