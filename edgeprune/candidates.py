@@ -124,8 +124,8 @@ def candidates_for(
 ) -> list[Candidate]:
     """Every ratio with every target, dense first; those that do not fit say why.
 
-    Targets of a runtime the profile has no figure for are left out. A ratio that heads and neurons cannot reach, or
-    that rounds to a plan already there, is skipped.
+    A candidate's notes tell which tensors pruning costs their type. Targets of a runtime the profile has no figure for
+    are left out. A ratio that heads and neurons cannot reach, or that rounds to a plan already there, is skipped.
 
     Raises:
         BadInput: no target is left.
@@ -150,17 +150,19 @@ def candidates_for(
             seen.add(plan.reached_ratio)
             after = plan.shape_after(shape)
             cost = cost_of(after, target, profile, budget, threads=threads)
-            notes = tuple(target.format.fallbacks(after, target.quantisation))
+            usual = target.format.fallbacks(shape, target.quantisation)
+            notes = tuple(note for note in target.format.fallbacks(after, target.quantisation) if note not in usual)
             found.append(Candidate(plan, target, after, cost, tuple(judge(cost, budget, profile)), notes))
     return found
 
 
 def worth_measuring(candidates: Sequence[Candidate], limit: int) -> list[Candidate]:
-    """The candidates whose quality must be measured to choose, at most `limit`.
+    """The candidates whose quality must be measured to choose, at most `limit`, and dense as a baseline.
 
     Of one target, a less pruned model is the better one, so only its least pruned candidate that fits can win. They
     are ordered by how little is removed, then by bits kept: removing costs more than rounding. This is an order of
-    search, not a figure: the choice is by measured quality. Each runtime keeps at least its first.
+    search, not a figure: the choice is by measured quality. Each runtime keeps at least its first. Where dense fits
+    nowhere, its fastest version is measured all the same, last: it shows what quantisation alone would have cost.
     """
     first: dict[str, Candidate] = {}
     for candidate in sorted(candidates, key=lambda c: c.plan.reached_ratio):
@@ -170,6 +172,9 @@ def worth_measuring(candidates: Sequence[Candidate], limit: int) -> list[Candida
     chosen = ordered[:limit]
     for runtime in {c.target.runtime for c in ordered} - {c.target.runtime for c in chosen}:
         chosen[-1:] = [next(c for c in ordered if c.target.runtime == runtime)]
+    dense = [c for c in candidates if c.dense]
+    if chosen and dense and not any(c.dense for c in chosen):
+        chosen.append(max(dense, key=lambda c: c.cost.decode_tps.value))
     return chosen
 
 

@@ -269,7 +269,7 @@ def export(
             raise BadInput("the optimum exporter writes fp32 ONNX only", where=quant, remedy="use --quant fp32")
         from edgeprune.export.optimum_exporter import export_optimum
 
-        export_optimum(source, out)
+        export_optimum(checkpoint_folder(source), out)
     else:
         with Stages() as stages, tempfile.TemporaryDirectory(prefix="edgeprune-") as scratch:
             folder = checkpoint_folder(source, say=lambda text: stages(text, 0, 0))

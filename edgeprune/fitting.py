@@ -32,6 +32,8 @@ from edgeprune.workshop import TIMEOUT_S, Workshop, trial_key
 # 16 windows tell apart what differs by a few per cent in KL on the demo model; more would only take longer.
 HELD_OUT_WINDOWS = 16
 HELD_OUT_LENGTH = 512
+# Below it the model no longer says what dense says more often than not, and text tends to fall apart.
+POOR_TOP1 = 0.5
 
 Progress = Callable[[str, int, int], None]
 Measured = tuple[Candidate, Trial]
@@ -303,7 +305,7 @@ def _measure(
         trial = known.get(key)
         if trial is None:
             late = settings.max_time_s is not None and time.monotonic() - started > settings.max_time_s
-            if late and any(t.quality is not None for _, t in measured):
+            if late and any(t.quality is not None and c.fits for c, t in measured):
                 break
             trial = workshop.measure(candidate, key, progress)
             append_trial(log, trial)
@@ -339,4 +341,5 @@ def _verdict(chosen: Candidate, trial: Trial, profile: DeviceProfile, budget: Bu
         f"fits {profile.name}: {chosen}; {speed} tokens/s{asked}, predicted {chosen.cost.memory_mib} MiB; "
         f"measured KL to dense {kl.mean:.3f} ({kl.low:.3f}–{kl.high:.3f}) nats a token, "
         f"same first choice as dense {100 * top1.mean:.0f} %"
+        + ("" if top1.mean >= POOR_TOP1 else "; POOR QUALITY: a budget this tight needs recovery, or a larger budget")
     )

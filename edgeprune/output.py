@@ -94,11 +94,9 @@ def print_proposal(proposal: Proposal, seconds: float) -> None:
         f"{len(proposal.to_measure)} to export and measure:"
     )
     for candidate in proposal.to_measure:
-        errors.print(
-            f"        {escape(str(candidate)):32} predicted {candidate.cost.decode_tps} tokens/s, "
-            f"{candidate.cost.memory_mib.value:.0f} MiB",
-            soft_wrap=True,
-        )
+        cost = f"predicted {candidate.cost.decode_tps} tokens/s, {candidate.cost.memory_mib.value:.0f} MiB"
+        fate = "" if candidate.fits else "; does not fit, for comparison"
+        errors.print(f"        {escape(str(candidate)):34} {cost}{fate}", soft_wrap=True)
     errors.print(f"time    about {seconds / 60:.0f} min" if seconds >= 90 else f"time    about {seconds:.0f} s")
 
 

@@ -36,6 +36,11 @@ class Proposal:
         """How many candidates are predicted to fit."""
         return sum(candidate.fits for candidate in self.candidates)
 
+    @property
+    def baseline(self) -> Candidate | None:
+        """The dense candidate that is measured for comparison although it does not fit."""
+        return next((candidate for candidate in self.to_measure if not candidate.fits), None)
+
     def nothing_fits(self) -> NothingFits:
         """The error for a budget that none of the candidates meets."""
         miss = nearest_miss(self.candidates)

@@ -35,6 +35,7 @@ def write_plot(
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     shown = [(c, t.quality) for c, t in pairs if t.quality is not None]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -70,8 +71,15 @@ def write_plot(
             ha="right",
         )
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    # The widest interval would push the points together; what sticks out is in the table.
+    speeds = [x for x, _ in points] + ([wanted_tps] if wanted_tps else [])
+    axes.set_xlim(0.7 * min(speeds), 1.35 * max(speeds))
     axes.set_xlabel(f"predicted decode on {device}, tokens/s (interval of the prediction)")
     axes.set_ylabel("measured KL to dense, nats a token (95 % interval)")
+    if not all(c.fits for c, _ in shown):
+        axes.plot([], [], "o", color="#333333", alpha=0.4, label="does not fit")
     for runtime in sorted({c.target.runtime for c, _ in shown}):
         axes.plot([], [], "o", color=colours.get(runtime, "#555555"), label=runtime)
     axes.plot([], [], "*", color="#333333", markersize=12, label="chosen")
@@ -103,6 +111,7 @@ def measured_rows(pairs: Sequence[tuple[Candidate, Trial]], chosen: Candidate) -
     rows = []
     for candidate, trial in sorted(pairs, key=lambda p: p[1].quality.kl_nats.mean if p[1].quality else float("inf")):
         name = f"**{candidate}**" if candidate.name == chosen.name else str(candidate)
+        name += "" if candidate.fits else " (does not fit)"
         size = sum(f["bytes"] for f in trial.files.values()) / (1 << 20)
         common = [name, str(candidate.cost.decode_tps), str(candidate.cost.memory_mib), f"{size:.1f}" if size else "–"]
         if trial.quality is None:
@@ -197,6 +206,8 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         + ", ".join(f"{k} {v}" for k, v in record["environment"]["packages"].items())
         + f"; {record['seconds']:.0f} s.",
     ]
+    if result.chosen.notes:
+        sections.insert(2, "Pruning costs these tensors their type: " + "; ".join(result.chosen.notes) + ".")
     if record["stopped_early"]:
         sections.insert(2, "Stopped by `--max-time` before every candidate worth measuring was measured.")
     write_text(result.out / "report.md", "\n\n".join(sections) + "\n")

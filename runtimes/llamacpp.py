@@ -10,6 +10,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,7 +151,8 @@ class Vocabulary:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not sys.is_finalizing():  # at exit the library may be gone before its models
+            self.close()
 
 
 class _Tokenizer:
@@ -387,5 +389,5 @@ class LlamaCpp:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_lock", None) is not None:
+        if getattr(self, "_lock", None) is not None and not sys.is_finalizing():
             self.close()

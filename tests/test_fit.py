@@ -220,8 +220,16 @@ def test_only_the_least_pruned_of_a_target_is_measured(wide: Path) -> None:
             if c.target == candidate.target and c.plan.reached_ratio < candidate.plan.reached_ratio
         ]
         assert candidate.fits and not any(c.fits for c in less)
-    one = worth_measuring(proposal.candidates, 2)
-    assert {c.target.runtime for c in one} == {"llamacpp", "onnxruntime"}
+    two = worth_measuring(proposal.candidates, 2)
+    assert {c.target.runtime for c in two} == {"llamacpp", "onnxruntime"}
+
+
+def test_dense_is_measured_for_comparison_where_it_fits_nowhere(wide: Path) -> None:
+    budget = speed_between(wide, 0.3, "Q8_0", 64)
+    proposal = propose("m", Checkpoint(wide).shape, load_profile("rpi5"), budget, [target_for("Q8_0")], ratios=RATIOS)
+    chosen, dense = proposal.to_measure
+    assert chosen.fits and not chosen.dense
+    assert dense.dense and not dense.fits and proposal.baseline == dense
 
 
 def test_nearest_miss_breaks_the_fewest_limits(wide: Path) -> None:
