@@ -2,9 +2,10 @@
 
     python benchmarks/amp.py --data DIR --out amp.json      (DIR holds wikitext2/wiki.test.raw; default EDGEPRUNE_DATA)
 
-Uniform plans at 10, 20 and 30 % of all parameters. Test text is raw, in windows of 512 tokens without BOS, the first 40
-of them; the model is scored on text it writes itself (or --calibration), never on the test text. Every figure is
-measured on the F32 GGUF file in llama.cpp, so the export is part of what is judged.
+Uniform plans at 10, 20 and 30 % of all parameters: heads and neurons in equal shares, as published (with grouped-query
+attention, the nearest step of heads), and neurons alone. Test text is raw, in windows of 512 tokens without BOS, the
+first 40 of them; the model is scored on text it writes itself (or --calibration), never on the test text. Every figure
+is measured on the F32 GGUF file in llama.cpp, so the export is part of what is judged.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from edgeprune.calibration import text_set
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.files import cache_dir, write_json
 from edgeprune.models import load
+from edgeprune.plan import Scope
 from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, METHODS, cached_scores, plan_for
 from edgeprune.quality import evaluate
 from edgeprune.record import environment
@@ -55,19 +57,22 @@ def main() -> None:
         timeout_s=3600,
     )
     rows: list[dict[str, Any]] = []
-    for method, ratio in [("dense", 0.0), *((m, r) for r in args.ratios for m in METHODS)]:
+    runs: list[tuple[str, Scope, float]] = [("dense", "both", 0.0)]
+    for ratio in args.ratios:
+        runs += [("amp", "both", ratio), ("amp", "mlp", ratio), ("random", "both", ratio), ("reversed", "both", ratio)]
+    for method, scope, ratio in runs:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             folder, reached, widths = model.folder, 0.0, model.shape.layers[0]
             if method != "dense":
-                plan = plan_for(model.shape, METHODS[method](scores, 0), ratio, align=args.align)
+                plan = plan_for(model.shape, METHODS[method](scores, 0), ratio, align=args.align, scope=scope)
                 folder, reached = prune_checkpoint(model.folder, plan, Path(scratch) / "pruned"), plan.reached_ratio
                 widths = plan.layers[0].widths
             file = write_gguf(folder, Path(scratch) / "model.gguf", dtype="F32")
             quality = evaluate(file, reference, threads=args.threads, timeout_s=3600)
         rows.append(
             {
-                "method": method,
+                "method": method if scope == "both" else f"{method} ({scope} only)",
                 "asked_ratio": ratio,
                 "reached_ratio": round(reached, 4),
                 "heads": widths.heads,
@@ -99,7 +104,7 @@ def main() -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as the README shows them: a line a ratio, a column a method."""
     dense = rows[0]
-    methods = list(METHODS)
+    methods = list(dict.fromkeys(row["method"] for row in rows[1:]))
     lines = [
         f"| of all parameters | heads / KV / neurons | {' | '.join(methods)} |",
         "|---|---|" + "---|" * len(methods),
@@ -109,7 +114,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for ratio in sorted({row["asked_ratio"] for row in rows[1:]}):
         here = {row["method"]: row for row in rows if row["asked_ratio"] == ratio and row["method"] != "dense"}
-        amp = here["amp"]
+        amp = here[methods[0]]
         cells = [f"{here[method]['perplexity']:.2f}" for method in methods]
         widths = f"{amp['heads']} / {amp['kv_heads']} / {amp['neurons']}"
         lines.append(

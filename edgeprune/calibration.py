@@ -139,7 +139,9 @@ def take(model: Model, texts: Iterator[str], source: str, *, count: int, length:
     """The first `count` pieces of up to `length` tokens; long texts are cut into several pieces."""
     ids: list[torch.Tensor] = []
     for text in texts:
-        tokens = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        # Longer than the model's context is no mistake here: it is cut below.
+        encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = torch.tensor(encoded, dtype=torch.int64)
         ids += [piece for piece in torch.split(tokens, length) if len(piece) >= min(length, 8)]
         if len(ids) >= count:
             break

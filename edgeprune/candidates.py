@@ -6,6 +6,7 @@ Everything here is arithmetic on plans and profiles; nothing is exported or run.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 from edgeprune.cost import Cost, bytes_read_per_token, judge, predict
 from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import BadInput
-from edgeprune.plan import PrunePlan
+from edgeprune.plan import SCOPES, PrunePlan, Scope
 from edgeprune.shape import ModelShape
 from edgeprune.targets import Target
 
@@ -22,7 +23,7 @@ from edgeprune.targets import Target
 # beyond 60 % heads and neurons of a small model are nearly all gone.
 RATIOS = tuple(step / 40 for step in range(25))
 
-PlanFor = Callable[[float, int], PrunePlan]  # (ratio, alignment) -> plan
+PlanFor = Callable[[float, int, Scope], PrunePlan]  # (ratio, alignment, scope) -> plan
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,15 @@ class Candidate:
     @property
     def name(self) -> str:
         """A short name, unique among the candidates of one run and fit for a file name."""
-        share = "dense" if self.dense else f"pruned{100 * self.plan.reached_ratio:.1f}"
-        return f"{share}-{self.target.quantisation}"
+        return f"{self._share('dense', 'pruned{:.1f}', '-mlp')}-{self.target.quantisation}"
 
     def __str__(self) -> str:
-        share = "dense" if self.dense else f"{100 * self.plan.reached_ratio:.1f} % pruned"
-        return f"{share}, {self.target}"
+        return f"{self._share('dense', '{:.1f} % pruned', ' (MLP)')}, {self.target}"
+
+    def _share(self, dense: str, pruned: str, mlp: str) -> str:
+        if self.dense:
+            return dense
+        return pruned.format(100 * self.plan.reached_ratio) + (mlp if self.plan.scope == "mlp" else "")
 
     @property
     def plan_hash(self) -> str:
@@ -69,6 +73,7 @@ class Candidate:
             "name": self.name,
             "plan": {
                 "method": self.plan.method,
+                "scope": self.plan.scope,
                 "asked_ratio": self.plan.asked_ratio,
                 "reached_ratio": self.plan.reached_ratio,
                 "sha256": self.plan_hash,
@@ -140,15 +145,15 @@ def candidates_for(
     found: list[Candidate] = []
     for target in usable:
         seen = set()
-        for ratio in sorted({0.0, *ratios}):
+        for ratio, scope in itertools.product(sorted({0.0, *ratios}), SCOPES):
             try:
-                plan = plan_for(ratio, target.format.alignment(target.quantisation))
+                plan = plan_for(ratio, target.format.alignment(target.quantisation), scope)
             except BadInput:
-                continue  # out of reach of heads and neurons
-            if plan.reached_ratio in seen:
-                continue
-            seen.add(plan.reached_ratio)
+                continue  # out of reach of what the scope may remove
             after = plan.shape_after(shape)
+            if after.layers in seen:
+                continue
+            seen.add(after.layers)
             cost = cost_of(after, target, profile, budget, threads=threads)
             usual = target.format.fallbacks(shape, target.quantisation)
             notes = tuple(note for note in target.format.fallbacks(after, target.quantisation) if note not in usual)
@@ -159,15 +164,15 @@ def candidates_for(
 def worth_measuring(candidates: Sequence[Candidate], limit: int) -> list[Candidate]:
     """The candidates whose quality must be measured to choose, at most `limit`, and dense as a baseline.
 
-    Of one target, a less pruned model is the better one, so only its least pruned candidate that fits can win. They
+    Of one target and scope, a less pruned model is the better one, so only the least pruned that fits can win. They
     are ordered by how little is removed, then by bits kept: removing costs more than rounding. This is an order of
     search, not a figure: the choice is by measured quality. Each runtime keeps at least its first. Where dense fits
     nowhere, its fastest version is measured all the same, last: it shows what quantisation alone would have cost.
     """
-    first: dict[str, Candidate] = {}
+    first: dict[tuple[str, Scope], Candidate] = {}
     for candidate in sorted(candidates, key=lambda c: c.plan.reached_ratio):
         if candidate.fits:
-            first.setdefault(candidate.target.quantisation, candidate)
+            first.setdefault((candidate.target.quantisation, candidate.plan.scope), candidate)
     ordered = sorted(first.values(), key=lambda c: (c.plan.reached_ratio, -c.cost.file_mib))
     chosen = ordered[:limit]
     for runtime in {c.target.runtime for c in ordered} - {c.target.runtime for c in chosen}:

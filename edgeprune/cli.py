@@ -10,13 +10,16 @@ import warnings
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
 
 from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.output import Stages, console, print_checks, print_inspection, print_proposal, print_table, problem
+
+if TYPE_CHECKING:
+    from edgeprune.plan import Scope
 
 app = typer.Typer(
     name="edgeprune",
@@ -106,7 +109,7 @@ def fit(
     threads: Threads = None,
     max_candidates: Annotated[
         int, typer.Option("--max-candidates", min=1, help="Export and measure at most so many.")
-    ] = 8,
+    ] = 10,
     max_time: Annotated[
         str | None, typer.Option("--max-time", help="Measure no further candidate after this long: 90s, 15m, 2h.")
     ] = None,
@@ -200,6 +203,9 @@ def prune(
     align: Annotated[
         str, typer.Option("--align", help="Neurons kept are a multiple of this: a number, or a quantisation to suit.")
     ] = "Q4_0",
+    scope: Annotated[
+        str, typer.Option("--scope", help="both: heads and neurons in equal shares, as published; mlp: neurons alone.")
+    ] = "both",
     calibration: Calibration = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -215,7 +221,15 @@ def prune(
         step = target.format.alignment(target.quantisation)
     with Stages() as stages:
         plan = run_prune(
-            model, ratio, out, method=method, align=step, calibration=calibration, seed=seed, progress=stages
+            model,
+            ratio,
+            out,
+            method=method,
+            align=step,
+            scope=cast("Scope", scope),
+            calibration=calibration,
+            seed=seed,
+            progress=stages,
         )
     widths = plan.layers[0].widths
     summary = {

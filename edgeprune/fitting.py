@@ -60,7 +60,7 @@ class FitOptions:
     calibration: str | None = None
     held_out: str | None = None
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
-    limit: int = 8
+    limit: int = 10
     max_time_s: float | None = None
     resume: bool = True
     seed: int = 0

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,11 @@ from edgeprune.shape import LayerShape, ModelShape
 SCHEMA_VERSION = 1
 
 Array = NDArray[np.float64]
+
+# What a uniform plan takes from: heads and neurons in equal shares, as published, or neurons alone. With few key/value
+# groups a step of heads is large (a third of them on a model with three groups), and neurons alone can be better.
+Scope = Literal["both", "mlp"]
+SCOPES: tuple[Scope, ...] = ("both", "mlp")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class PrunePlan:
     reached_ratio: float
     model_hash: str
     text_hash: str
+    scope: Scope = "both"
 
     def shape_after(self, shape: ModelShape) -> ModelShape:
         """The pruned model's shape; `shape` is the dense one."""
@@ -73,7 +79,9 @@ class PrunePlan:
         try:
             layers = tuple(LayerPlan(**{k: tuple(v) for k, v in layer.items()}) for layer in value.pop("layers"))
             plan = cls(layers=layers, **value)
-        except (TypeError, KeyError, AttributeError) as error:
+            if plan.scope not in SCOPES:
+                raise ValueError(f"scope {plan.scope!r}")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise BadInput(f"not a prune plan ({error})", where=path, remedy="make the plan again") from error
         check(plan, shape, where=path)
         return plan
@@ -161,6 +169,7 @@ def uniform_plan(
     ratio: float,
     *,
     align: int = 1,
+    scope: Scope = "both",
     method: str = "amp",
     model_hash: str = "",
     text_hash: str = "",
@@ -178,6 +187,7 @@ def uniform_plan(
         neuron_scores: a layer: (neurons,).
         ratio: share of all parameters to remove, in [0, 1).
         align: the number of neurons kept is a multiple of this.
+        scope: "both", or "mlp" to keep every head.
 
     Raises:
         BadInput: a ratio outside what heads and neurons together can reach, layers that differ, or an alignment
@@ -210,7 +220,7 @@ def uniform_plan(
         return (steps_missed if steps_missed > 1.0 else 0.0, round(imbalance, 9), lost)
 
     options = []
-    for heads, kv_heads in head_options(dense):
+    for heads, kv_heads in head_options(dense) if scope == "both" else [(dense.heads, dense.kv_heads)]:
         saved = shape.attention_parameters(dense) - shape.attention_parameters(LayerShape(heads, kv_heads, 1))
         exact = dense.neurons - (to_remove - saved) / per_neuron
         aligned = min(max(round(exact / align), 1), dense.neurons // align) * align
@@ -227,4 +237,4 @@ def uniform_plan(
         for h, n in zip(head_scores, neuron_scores, strict=True)
     )
     reached = 1 - shape.with_layers((left,) * count).parameters / shape.parameters
-    return PrunePlan(layers, method, ratio, reached, model_hash, text_hash)
+    return PrunePlan(layers, method, ratio, reached, model_hash, text_hash, scope)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from edgeprune.candidates import RATIOS, Candidate, candidates_for, nearest_miss, worth_measuring
+from edgeprune.candidates import RATIOS, Candidate, PlanFor, candidates_for, nearest_miss, worth_measuring
 from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import NothingFits
-from edgeprune.plan import PrunePlan, uniform_plan
+from edgeprune.plan import PrunePlan, Scope, uniform_plan
 from edgeprune.shape import ModelShape
 from edgeprune.targets import Target
-
-PlanFor = Callable[[float, int], PrunePlan]  # (ratio, alignment) -> plan
 
 
 @dataclass(frozen=True)
@@ -51,19 +49,20 @@ class Proposal:
 
 
 def plans(shape: ModelShape, heads: Sequence[Any], neurons: Sequence[Any], **origin: str) -> PlanFor:
-    """Uniform plans of the same scores by (ratio, alignment), each made once.
+    """Uniform plans of the same scores by (ratio, alignment, scope), each made once.
 
     Args:
         heads: a layer: (heads,), importance.
         neurons: a layer: (neurons,), importance.
         origin: what `uniform_plan` notes of where the scores came from.
     """
-    made: dict[tuple[float, int], PrunePlan] = {}
+    made: dict[tuple[float, int, Scope], PrunePlan] = {}
 
-    def plan_for(ratio: float, align: int) -> PrunePlan:
-        if (ratio, align) not in made:
-            made[ratio, align] = uniform_plan(shape, heads, neurons, ratio, align=align, **origin)
-        return made[ratio, align]
+    def plan_for(ratio: float, align: int, scope: Scope) -> PrunePlan:
+        key = (ratio, align, scope)
+        if key not in made:
+            made[key] = uniform_plan(shape, heads, neurons, ratio, align=align, scope=scope, **origin)
+        return made[key]
 
     return plan_for
 
@@ -77,7 +76,7 @@ def propose(
     plan_for: PlanFor | None = None,
     *,
     ratios: Sequence[float] = RATIOS,
-    limit: int = 8,
+    limit: int = 10,
 ) -> Proposal:
     """What could be shipped, and which of it would be measured. Arithmetic only.
 

@@ -12,7 +12,7 @@ from edgeprune.errors import BadInput, unknown
 from edgeprune.files import cache_dir
 from edgeprune.importance import Scores, amp_scores, random_scores, reversed_scores
 from edgeprune.models import Model, load
-from edgeprune.plan import PrunePlan, uniform_plan
+from edgeprune.plan import SCOPES, PrunePlan, Scope, uniform_plan
 from edgeprune.shape import ModelShape
 from edgeprune.surgery import prune_checkpoint
 
@@ -44,7 +44,7 @@ def cached_scores(model: Model, texts: TextSet, *, progress: Progress | None = N
     return scores
 
 
-def plan_for(shape: ModelShape, scores: Scores, ratio: float, *, align: int = 1) -> PrunePlan:
+def plan_for(shape: ModelShape, scores: Scores, ratio: float, *, align: int = 1, scope: Scope = "both") -> PrunePlan:
     """The uniform plan of `scores` at `ratio`; no forward pass."""
     return uniform_plan(
         shape,
@@ -52,6 +52,7 @@ def plan_for(shape: ModelShape, scores: Scores, ratio: float, *, align: int = 1)
         [n.numpy() for n in scores.neurons],
         ratio,
         align=align,
+        scope=scope,
         method=scores.method,
         model_hash=scores.model_hash,
         text_hash=scores.text_hash,
@@ -65,6 +66,7 @@ def prune(
     *,
     method: str = "amp",
     align: int = 32,
+    scope: Scope = "both",
     calibration: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -77,6 +79,7 @@ def prune(
         out: the folder to write.
         method: "amp", or the controls "random" and "reversed".
         align: neurons kept in a layer are a multiple of this (32 suits Q4_0 and Q8_0, 256 the K types).
+        scope: "both" removes heads and neurons in equal shares, as published; "mlp" neurons alone.
         calibration: a text file or hub dataset; None lets the model write its own.
         seed: seed of self-generated text and of the random control.
         progress: called with (stage, done, total).
@@ -87,6 +90,8 @@ def prune(
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
     if out.exists() and not out.is_dir():
         raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
     if not isinstance(model, Model):
@@ -100,6 +105,6 @@ def prune(
         progress=_stage(progress, "writing calibration text"),
     )
     scores = METHODS[method](cached_scores(model, texts, progress=progress), seed)
-    plan = plan_for(model.shape, scores, ratio, align=align)
+    plan = plan_for(model.shape, scores, ratio, align=align, scope=scope)
     prune_checkpoint(model.folder, plan, out, progress=_stage(progress, "writing the checkpoint"))
     return plan

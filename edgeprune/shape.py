@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 from edgeprune.errors import BadInput
 from edgeprune.families import Family, family_for
 
-ROPE_TYPES = ("default", "linear", "llama3")
+# Rotary scalings, and the numbers each needs beside its name.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,10 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
         raise BadInput(
             f"rotary scaling {kind!r} is not supported", where=where, remedy=f"supported: {', '.join(ROPE_TYPES)}"
         )
+    for key in ROPE_TYPES[kind]:
+        value = (scaling or {}).get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e9:
+            raise BadInput(f"rotary scaling {kind!r} needs a positive {key}, found {value!r}", where=where)
     eos = config.get("eos_token_id")
     attention_bias = bool(config.get("attention_bias", False))
     return ModelShape(
@@ -165,4 +174,5 @@ def rotary_frequencies(shape: ModelShape) -> NDArray[np.float64]:
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - keep) * frequencies / factor + keep * frequencies
+    scaled: NDArray[np.float64] = (1 - keep) * frequencies / factor + keep * frequencies
+    return scaled

@@ -93,7 +93,7 @@ def pruned_config(config: dict[str, Any], shape: ModelShape, *, dtype: str | Non
     if not shape.uniform:
         raise BadInput("layers of different widths have no place in a stock config.json", remedy="use a uniform plan")
     layer = shape.layers[0]
-    changed = {
+    changed: dict[str, int | str] = {
         "num_attention_heads": layer.heads,
         "num_key_value_heads": layer.kv_heads,
         "intermediate_size": layer.neurons,

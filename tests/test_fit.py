@@ -20,7 +20,7 @@ from edgeprune.devices import Budget, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.fitting import FitResult, choose, fit
 from edgeprune.metrics import mean_interval
-from edgeprune.plan import PrunePlan
+from edgeprune.plan import PrunePlan, Scope
 from edgeprune.proposal import propose
 from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
@@ -217,7 +217,8 @@ def test_only_the_least_pruned_of_a_target_is_measured(wide: Path) -> None:
         less = [
             c
             for c in proposal.candidates
-            if c.target == candidate.target and c.plan.reached_ratio < candidate.plan.reached_ratio
+            if (c.target, c.plan.scope) == (candidate.target, candidate.plan.scope)
+            and c.plan.reached_ratio < candidate.plan.reached_ratio
         ]
         assert candidate.fits and not any(c.fits for c in less)
     two = worth_measuring(proposal.candidates, 2)
@@ -227,8 +228,8 @@ def test_only_the_least_pruned_of_a_target_is_measured(wide: Path) -> None:
 def test_dense_is_measured_for_comparison_where_it_fits_nowhere(wide: Path) -> None:
     budget = speed_between(wide, 0.3, "Q8_0", 64)
     proposal = propose("m", Checkpoint(wide).shape, load_profile("rpi5"), budget, [target_for("Q8_0")], ratios=RATIOS)
-    chosen, dense = proposal.to_measure
-    assert chosen.fits and not chosen.dense
+    *fitting, dense = proposal.to_measure
+    assert fitting and all(c.fits and not c.dense for c in fitting)
     assert dense.dense and not dense.fits and proposal.baseline == dense
 
 
@@ -236,7 +237,7 @@ def test_nearest_miss_breaks_the_fewest_limits(wide: Path) -> None:
     shape, profile = Checkpoint(wide).shape, load_profile("rpi5")
     budget = Budget(min_tokens_per_s=1e8, max_memory_mib=1, max_file_mib=0.3, context=64)
 
-    def plan_for(ratio: float, align: int) -> PrunePlan:
+    def plan_for(ratio: float, align: int, scope: Scope) -> PrunePlan:
         return (
             propose("m", shape, profile, Budget(context=64), [target_for("Q8_0")], ratios=(ratio,)).candidates[-1].plan
         )

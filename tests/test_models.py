@@ -93,6 +93,7 @@ def test_unknown_family_names_the_supported(make_llama: MakeLlama) -> None:
         {"num_hidden_layers": None},
         {"hidden_act": "gelu"},
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
         {"model_type": 3},
     ],
 )

@@ -105,6 +105,13 @@ def test_every_group_keeps_as_many_heads(seed: int, kv_heads: int, per_group: in
         assert all(scores[k] >= scores[g] for k in kept for g in gone)
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4])
+def test_the_mlp_scope_keeps_every_head(ratio: float) -> None:
+    plan = uniform_plan(SMOLLM2, *scores_for(SMOLLM2), ratio, align=32, scope="mlp")
+    assert plan.shape_after(SMOLLM2).layers[0].heads == 9
+    assert abs(plan.reached_ratio - ratio) <= 30 * 3 * 576 * 32 / SMOLLM2.parameters
+
+
 def test_permuting_neurons_permutes_the_plan() -> None:
     shape = shape_of(8, 4, 96)
     head_scores, neuron_scores = scores_for(shape)
@@ -153,6 +160,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         lambda p: p["layers"][1].update(kv_heads="ab"),
         lambda p: p["layers"][1].update(surprise=[1]),
         lambda p: p.update(schema_version=99),
+        lambda p: p.update(scope="everything"),
         lambda p: p.update(layers=7),
     ],
 )
