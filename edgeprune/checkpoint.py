@@ -86,7 +86,18 @@ class Checkpoint:
         if not folder.is_dir():
             raise BadInput("no such folder", where=folder)
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
+        # transformers 5 writes `rope_parameters`, which transformers 4 and other readers pass over in silence, and
+        # would compute with another theta: the older keys are what everything here reads and writes.
+        newer = config.get("rope_parameters")
+        self.rope_overrides: dict[str, Any] = {}
+        if isinstance(newer, dict):
+            scaling = {key: value for key, value in newer.items() if key != "rope_theta"}
+            self.rope_overrides = {
+                "rope_theta": newer.get("rope_theta", config.get("rope_theta")),
+                "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+            }
+        self.config: dict[str, Any] = config | self.rope_overrides
         self.files = sorted(folder.glob("*.safetensors"))
         if not self.files:
             pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]

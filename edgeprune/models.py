@@ -122,32 +122,10 @@ def load(name: str | Path, *, say: Say | None = None) -> Model:
     folder = checkpoint_folder(resolve(str(name), say=say), say=say)
     checkpoint = Checkpoint(folder)
     try:
-        import torch
-        import transformers
+        from edgeprune.runtimes.pytorch import load_model, load_tokenizer
     except ImportError as error:
         raise missing_extra(error.name or "torch", "prune") from error
-    try:
-        module, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            local_files_only=True,
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"transformers cannot load it ({reason})", where=folder) from error
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise BadInput(
-            f"{len(wrong)} weights do not match config.json, first {wrong[0]!r}",
-            where=folder,
-            remedy="get the checkpoint again; weights are never made up",
-        )
-    module.eval()
-    return Model(module, tokenizer, folder, checkpoint.shape, checkpoint.hash())
+    return Model(load_model(folder), load_tokenizer(folder), folder, checkpoint.shape, checkpoint.hash())
 
 
 def copy_companions(source: Path, target: Path) -> None:

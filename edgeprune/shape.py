@@ -104,6 +104,22 @@ def _positive(config: Mapping[str, Any], key: str, where: object, default: int |
     return value
 
 
+def _number(config: Mapping[str, Any], key: str, where: object, default: float | None = None) -> float:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
+        raise BadInput(f"{key} must be a positive number, found {value!r}", where=where)
+    return float(value)
+
+
+def _token_ids(value: Any, key: str, where: object) -> tuple[int, ...]:
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise BadInput(f"{key} must be a token id or a list of them, found {value!r}", where=where)
+    return ids
+
+
 def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json") -> ModelShape:
     """Read a Hugging Face `config.json`, as a mapping; `where` names it in errors.
 
@@ -125,17 +141,14 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
     if heads % kv_heads:
         raise BadInput(f"{heads} query heads cannot be shared by {kv_heads} key/value heads", where=where)
     layer = LayerShape(heads, kv_heads, _positive(config, "intermediate_size", where))
-    scaling = config.get("rope_scaling")
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-    if kind not in ROPE_TYPES:
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise BadInput(
             f"rotary scaling {kind!r} is not supported", where=where, remedy=f"supported: {', '.join(ROPE_TYPES)}"
         )
     for key in ROPE_TYPES[kind]:
-        value = (scaling or {}).get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e9:
-            raise BadInput(f"rotary scaling {kind!r} needs a positive {key}, found {value!r}", where=where)
-    eos = config.get("eos_token_id")
+        _number(scaling, key, where)
     attention_bias = bool(config.get("attention_bias", False))
     return ModelShape(
         family=family,
@@ -145,14 +158,14 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
         layers=(layer,) * _positive(config, "num_hidden_layers", where),
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=_positive(config, "max_position_embeddings", where, default=2048),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(config.get("rope_theta", 10000.0)),
+        norm_eps=_number(config, "rms_norm_eps", where, default=1e-6),
+        rope_theta=_number(config, "rope_theta", where, default=10000.0),
         rope_scaling=None if kind == "default" else scaling,
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
-        bos=config.get("bos_token_id"),
-        eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos=next(iter(_token_ids(config.get("bos_token_id"), "bos_token_id", where)), None),
+        eos=_token_ids(config.get("eos_token_id"), "eos_token_id", where),
     )
 
 

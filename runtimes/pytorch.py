@@ -50,7 +50,7 @@ class PyTorch:
         Checkpoint(path)  # refuses pickles and broken files before any library opens them
         torch.set_num_threads(threads)
         self._path = path
-        self._hold(_load_model(path), None, n_ctx)
+        self._hold(load_model(path), None, n_ctx)
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, n_ctx: int) -> PyTorch:
@@ -142,7 +142,7 @@ class PyTorch:
         if self._tokenizer is None:  # loaded when first asked for: measuring speed needs none
             if self._path is None:
                 raise BadInput("the model was given without a tokenizer")
-            self._tokenizer = _load_tokenizer(self._path)
+            self._tokenizer = load_tokenizer(self._path)
         return self._tokenizer
 
     def description(self) -> dict[str, str | int]:
@@ -159,7 +159,13 @@ class PyTorch:
         self._clear()
 
 
-def _load_model(path: Path) -> Any:
+def load_model(path: Path) -> Any:
+    """The float32 model of a Hugging Face folder, in evaluation mode.
+
+    Raises:
+        BadInput: no or pickled weights, weights that do not match the config, or what transformers cannot load.
+    """
+    overrides = Checkpoint(path).rope_overrides
     remedy = "download or convert the checkpoint again"
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, below
@@ -171,6 +177,7 @@ def _load_model(path: Path) -> Any:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **overrides,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BadInput(f"transformers cannot load it ({_line(error)})", where=path, remedy=remedy) from error
@@ -180,10 +187,11 @@ def _load_model(path: Path) -> Any:
         if names := sorted(map(str, info[kind])):
             few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise BadInput(f"{kind.replace('_', ' ')}: {few}", where=path, remedy=remedy)
-    return model
+    return model.eval()
 
 
-def _load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a Hugging Face folder; raises `BadInput` if it has none or a broken one."""
     remedy = "put tokenizer.json and tokenizer_config.json beside the weights"
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise BadInput("no tokenizer", where=path, remedy=remedy)

@@ -157,3 +157,29 @@ def test_doctor_reports_json() -> None:
     checks = {check["name"]: check for check in json.loads(result.stdout)}
     assert result.returncode == (4 if any(c["ok"] is False for c in checks.values()) else 0)
     assert len(checks) > 5
+
+
+def test_a_board_needs_no_torch(tmp_path: Path) -> None:
+    """The command line and every runtime but torch's own import where torch and transformers are not installed."""
+    script = """
+import sys
+for name in ("torch", "transformers", "safetensors", "onnx", "gguf"):
+    sys.modules[name] = None
+import edgeprune.cli, edgeprune.runtimes.bench, edgeprune.runtimes.llamacpp, edgeprune.runtimes.ort
+import edgeprune.runtimes.gguf_file, edgeprune.runtimes.onnx_file, edgeprune.runtimes.records
+from edgeprune import Budget, DeviceProfile
+from edgeprune.errors import BadInput
+from edgeprune.models import load
+try:
+    load(sys.argv[1])
+except BadInput as error:
+    print(error)
+"""
+    source = tmp_path / "board.py"
+    source.write_text(script)
+    from conftest import save_llama
+
+    folder = save_llama(tmp_path / "llama")
+    result = subprocess.run([sys.executable, source, folder], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 'pip install "edgeprune[prune]"' in result.stdout

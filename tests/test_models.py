@@ -95,6 +95,11 @@ def test_unknown_family_names_the_supported(make_llama: MakeLlama) -> None:
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
         {"model_type": 3},
+        {"rope_scaling": 3},
+        {"rope_scaling": {"rope_type": ["linear"]}},
+        {"rms_norm_eps": "small"},
+        {"rope_theta": []},
+        {"eos_token_id": {"a": 1}},
     ],
 )
 def test_impossible_configs_are_refused(make_llama: MakeLlama, changes: dict[str, object]) -> None:
@@ -109,7 +114,7 @@ def test_weights_that_do_not_match_are_never_made_up(make_llama: MakeLlama) -> N
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="do not match"):
+    with pytest.raises(BadInput, match="missing keys"):
         load(folder)
     folder = make_llama()
     change_config(folder, intermediate_size=64)
@@ -139,6 +144,19 @@ def test_a_hub_id_is_found_in_the_local_cache(
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
     assert resolve("someone/tiny") == snapshot
     assert load("someone/tiny").shape.parameters == Checkpoint(tiny_folder).shape.parameters
+
+
+def test_rope_parameters_of_newer_configs_are_not_passed_over(make_llama: MakeLlama) -> None:
+    """transformers 5 writes theta elsewhere; torch and every export must see it."""
+    old, new = make_llama(rope_theta=50_000.0), make_llama(rope_theta=50_000.0)
+    config = json.loads((new / "config.json").read_text())
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 50_000.0}
+    (new / "config.json").write_text(json.dumps(config))
+    assert Checkpoint(new).shape == Checkpoint(old).shape
+    ids = torch.arange(1, 100)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(load(new).module(ids).logits, load(old).module(ids).logits)
 
 
 def test_the_hash_follows_the_weights(make_llama: MakeLlama) -> None:
