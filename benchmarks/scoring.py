@@ -84,8 +84,8 @@ def _run(name: str, model_name: str, calibration: str | None, results: Any) -> N
 
     model = load(model_name)
     prompts = _prompts(model, calibration)
-    # Weights are mapped: every page is touched, so that none is counted as memory of the scoring. The kernel forgets the
-    # peak of loading, so that what is read below is the peak of scoring.
+    # Weights are mapped: every page is touched, so that none is counted as memory of the scoring. The kernel forgets
+    # the peak of loading, so that what is read below is the peak of scoring.
     for parameter in model.module.parameters():
         parameter.sum()
     Path("/proc/self/clear_refs").write_text("5")

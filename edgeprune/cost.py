@@ -207,6 +207,23 @@ def predict(
     )
 
 
+def bytes_allowed(profile: DeviceProfile, runtime: str, n_layers: int, tokens_per_s: float) -> float:
+    """Bytes (weights and cache) that `runtime` can read for one token at a speed, by the middle of the figures.
+
+    The inverse of `predict`: negative where the fixed terms alone take longer than that.
+
+    Raises:
+        BadInput: the profile has no figure for `runtime`.
+    """
+    backend = profile.backend_for(runtime)
+    if backend is None:
+        raise unknown(f"runtime on {profile.name}", runtime, [n for n in OVERHEAD_MIB if profile.backend_for(n)])
+    decode, scale = profile.decode[backend], profile.scale_for(runtime)
+    fixed_ms = _interval(decode.fixed_ms)[1] + n_layers * _interval(decode.layer_ms)[1]
+    share = 1.0 if scale is None else scale.decode.value
+    return (1 / tokens_per_s - fixed_ms / 1e3) * decode.gbs.value * share * 1e9
+
+
 def judge(cost: Cost, budget: Budget, profile: DeviceProfile) -> list[str]:
     """Why the model does not fit: one reason a limit it breaks, each naming what it lacks; empty if it fits.
 

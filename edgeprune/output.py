@@ -76,6 +76,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 def print_proposal(proposal: Proposal, seconds: float) -> None:
     """Print what `fit` is about to do, and about how long it takes."""
+    from edgeprune.cost import bytes_allowed
+
     profile, budget = proposal.profile, proposal.budget
     limits = [
         f"≥ {budget.min_tokens_per_s:g} tokens/s" if budget.min_tokens_per_s else "",
@@ -89,6 +91,13 @@ def print_proposal(proposal: Proposal, seconds: float) -> None:
         soft_wrap=True,
     )
     errors.print(f"budget  {', '.join(limit for limit in limits if limit)}")
+    if budget.min_tokens_per_s:
+        allowed = {
+            runtime: bytes_allowed(profile, runtime, len(proposal.shape.layers), budget.min_tokens_per_s)
+            for runtime in dict.fromkeys(candidate.target.runtime for candidate in proposal.candidates)
+        }
+        reads = ", ".join(f"{max(0.0, size) / 1e6:.1f} MB by {runtime}" for runtime, size in allowed.items())
+        errors.print(f"allows  to read {reads} for each token (weights and cache; predicted)", soft_wrap=True)
     errors.print(
         f"search  {len(proposal.candidates)} candidates, {proposal.n_feasible} predicted to fit, "
         f"{len(proposal.to_measure)} to export and measure:"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are imported
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,6 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
         (cache / name).symlink_to(wheels / name)
     os.environ["EDGEPRUNE_CACHE"] = str(cache)
     os.environ["XDG_CONFIG_HOME"] = str(base / "config")
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def save_tokenizer(folder: Path, vocab_size: int = 512) -> int:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.cost import MIB, Cost, Prediction, bytes_read_per_token, judge, predict
+from edgeprune.cost import MIB, Cost, Prediction, bytes_allowed, bytes_read_per_token, judge, predict
 from edgeprune.devices import Budget, DeviceProfile, list_profiles, load_profile
 from edgeprune.errors import BadInput
 
@@ -234,3 +234,16 @@ def test_more_memory_never_makes_a_fit_a_misfit(
     before = judge(got, Budget(min_tokens_per_s=speed, max_memory_mib=memory), profile)
     after = judge(got, Budget(min_tokens_per_s=speed, max_memory_mib=memory * factor), roomier)
     assert len(after) <= len(before)
+
+
+@pytest.mark.parametrize("runtime", ["llamacpp", "onnxruntime"])
+@pytest.mark.parametrize("speed", [5.0, 50.0, 150.0])
+def test_bytes_allowed_is_the_inverse_of_the_prediction(runtime: str, speed: float) -> None:
+    profile = load_profile("rpi5")
+    size = bytes_allowed(profile, runtime, 30, speed)
+    cost = predict(profile, runtime=runtime, bytes_per_token=size, n_layers=30, weights_bytes=int(size), kv_bytes=0)
+    assert cost.decode_tps.value == pytest.approx(speed)
+
+
+def test_no_bytes_are_left_where_the_fixed_terms_take_longer() -> None:
+    assert bytes_allowed(load_profile("rpi5"), "llamacpp", 1000, 1000.0) < 0

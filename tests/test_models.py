@@ -111,7 +111,7 @@ def test_impossible_configs_are_refused(make_llama: MakeLlama, changes: dict[str
 
 def test_weights_that_do_not_match_are_never_made_up(make_llama: MakeLlama) -> None:
     folder = make_llama()
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match="missing keys"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,10 @@ def test_fp32_logits_are_those_of_torch(make_llama: MakeLlama, tmp_path: Path, c
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_layers_may_differ_in_width(make_llama: MakeLlama, tmp_path: Path, precision: str) -> None:
-    folder = make_llama()
+    source = make_llama()
     widths = [(8, 4, 128), (2, 2, 96), (6, 3, 40)]
-    model = resize(LlamaForCausalLM.from_pretrained(folder), widths)
+    model = resize(LlamaForCausalLM.from_pretrained(source), widths)
+    folder = shutil.copytree(source, tmp_path / "resized")  # the loaded model still maps the source's file
     model.save_pretrained(folder)  # config.json still tells the uniform widths; the tensors decide
     out = export_onnx(folder, tmp_path / "onnx", precision=precision)
     logits = open_model(out).forward(TOKENS)
@@ -155,8 +157,9 @@ def test_optimum_makes_the_same_logits(make_llama: MakeLlama, tmp_path: Path) ->
 @pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "layers differ"])
 def test_genai_generates_what_torch_does(make_llama: MakeLlama, tmp_path: Path, uniform: bool) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    folder = make_llama(eos_token_id=2)
-    model = LlamaForCausalLM.from_pretrained(folder)
+    source = make_llama(eos_token_id=2)
+    model = LlamaForCausalLM.from_pretrained(source)
+    folder = shutil.copytree(source, tmp_path / "model")  # the loaded model still maps the source's file
     if not uniform:
         resize(model, [(8, 4, 128), (2, 2, 96), (6, 3, 40)]).save_pretrained(folder)
     prompt = TOKENS[:7]
