@@ -35,6 +35,7 @@ class Candidate:
     shape: ModelShape
     cost: Cost
     reasons: tuple[str, ...]  # why it does not fit; empty if it does
+    doubtful: bool  # it does not fit by the middle of the prediction, but its interval reaches into the budget
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -157,22 +158,27 @@ def candidates_for(
             cost = cost_of(after, target, profile, budget, threads=threads)
             usual = target.format.fallbacks(shape, target.quantisation)
             notes = tuple(note for note in target.format.fallbacks(after, target.quantisation) if note not in usual)
-            found.append(Candidate(plan, target, after, cost, tuple(judge(cost, budget, profile)), notes))
+            reasons = tuple(judge(cost, budget, profile))
+            doubtful = bool(reasons) and not judge(cost, budget, profile, hopeful=True)
+            found.append(Candidate(plan, target, after, cost, reasons, doubtful, notes))
     return found
 
 
-def worth_measuring(candidates: Sequence[Candidate], limit: int) -> list[Candidate]:
+def worth_measuring(candidates: Sequence[Candidate], limit: int, *, at_hand: bool = False) -> list[Candidate]:
     """The candidates whose quality must be measured to choose, at most `limit`, and dense as a baseline.
 
     Of one target and scope, a less pruned model is the better one, so only the least pruned that fits can win. They
     are ordered by how little is removed, then by bits kept: removing costs more than rounding. This is an order of
     search, not a figure: the choice is by measured quality. Each runtime keeps at least its first. Where dense fits
     nowhere, its fastest version is measured all the same, last: it shows what quantisation alone would have cost.
+
+    Where the device is `at_hand`, measuring settles what the prediction leaves in doubt: the least pruned that may fit
+    is measured beside the least pruned that is predicted to.
     """
-    first: dict[tuple[str, Scope], Candidate] = {}
+    first: dict[tuple[str, Scope, bool], Candidate] = {}
     for candidate in sorted(candidates, key=lambda c: c.plan.reached_ratio):
-        if candidate.fits:
-            first.setdefault((candidate.target.quantisation, candidate.plan.scope), candidate)
+        if candidate.fits or (at_hand and candidate.doubtful):
+            first.setdefault((candidate.target.quantisation, candidate.plan.scope, candidate.doubtful), candidate)
     ordered = sorted(first.values(), key=lambda c: (c.plan.reached_ratio, -c.cost.file_mib))
     chosen = ordered[:limit]
     for runtime in {c.target.runtime for c in ordered} - {c.target.runtime for c in chosen}:

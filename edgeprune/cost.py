@@ -224,18 +224,21 @@ def bytes_allowed(profile: DeviceProfile, runtime: str, n_layers: int, tokens_pe
     return (1 / tokens_per_s - fixed_ms / 1e3) * decode.gbs.value * share * 1e9
 
 
-def judge(cost: Cost, budget: Budget, profile: DeviceProfile) -> list[str]:
+def judge(cost: Cost, budget: Budget, profile: DeviceProfile, *, hopeful: bool = False) -> list[str]:
     """Why the model does not fit: one reason a limit it breaks, each naming what it lacks; empty if it fits.
 
-    Predicted values are judged by their middle. The device's own memory is always a limit.
+    Predicted values are judged by their middle or, `hopeful`, by the better end of their interval: what breaks a limit
+    even so cannot fit. The device's own memory is always a limit.
     """
     reasons = []
-    if budget.min_tokens_per_s is not None and cost.decode_tps.value < budget.min_tokens_per_s:
+    speed = cost.decode_tps.high if hopeful else cost.decode_tps.value
+    held = cost.memory_mib.low if hopeful else cost.memory_mib.value
+    if budget.min_tokens_per_s is not None and speed < budget.min_tokens_per_s:
         reasons.append(f"needs {budget.min_tokens_per_s:.4g} tokens/s, predicted {cost.decode_tps}")
     memory, usable = cost.memory_mib, profile.usable_memory_mib
-    if budget.max_memory_mib is not None and memory.value > budget.max_memory_mib:
+    if budget.max_memory_mib is not None and held > budget.max_memory_mib:
         reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, predicted {memory}")
-    if memory.value > usable:
+    if held > usable:
         reasons.append(f"{profile.name} holds {usable:.0f} MiB without swapping, predicted {memory}")
     if budget.max_file_mib is not None and cost.file_mib > budget.max_file_mib:
         reasons.append(f"file at most {budget.max_file_mib:.4g} MiB, predicted {cost.file_mib:.1f}")

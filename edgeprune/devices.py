@@ -226,6 +226,11 @@ class DeviceProfile(_Model):
         return self.memory.total_gib.value * self.memory.usable_share.value * MIB_PER_GIB
 
     @property
+    def at_hand(self) -> bool:
+        """Whether the device is this machine, so that speed and memory can be measured."""
+        return self.name == "host"
+
+    @property
     def threads(self) -> int:
         """The number of threads known to decode best."""
         return int(self.start.threads.value)

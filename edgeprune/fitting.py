@@ -212,8 +212,9 @@ def fit(
     )
 
     # Measure each candidate's exported file, choose, and bundle.
-    here = profile.name == "host"  # the device is this machine, so that its speed can be measured
-    workshop = Workshop(out / "work", source, reference, settings.threads, bench=here, context=budget.context)
+    workshop = Workshop(
+        out / "work", source, reference, settings.threads, bench=profile.at_hand, context=budget.context
+    )
     trials = _measure(proposal, workshop, out / "trials.jsonl", model_hash, settings, started, progress)
     fitting = [(candidate, trial) for candidate, trial in trials if candidate.fits]
     winner = choose(fitting)

@@ -98,13 +98,16 @@ def print_proposal(proposal: Proposal, seconds: float) -> None:
         }
         reads = ", ".join(f"{max(0.0, size) / 1e6:.1f} MB by {runtime}" for runtime, size in allowed.items())
         errors.print(f"allows  to read {reads} for each token (weights and cache; predicted)", soft_wrap=True)
+    verb = "may" if profile.at_hand else "predicted to"
     errors.print(
-        f"search  {len(proposal.candidates)} candidates, {proposal.n_feasible} predicted to fit, "
+        f"search  {len(proposal.candidates)} candidates, {proposal.n_feasible} {verb} fit, "
         f"{len(proposal.to_measure)} to export and measure:"
     )
     for candidate in proposal.to_measure:
         cost = f"predicted {candidate.cost.decode_tps} tokens/s, {candidate.cost.memory_mib.value:.0f} MiB"
         fate = "" if candidate.fits else "; does not fit, for comparison"
+        if candidate.doubtful and profile.at_hand:
+            fate = "; may fit, measuring decides"
         errors.print(f"        {escape(str(candidate)):34} {cost}{fate}", soft_wrap=True)
     errors.print(f"time    about {seconds / 60:.0f} min" if seconds >= 90 else f"time    about {seconds:.0f} s")
 

@@ -31,13 +31,8 @@ class Proposal:
 
     @property
     def n_feasible(self) -> int:
-        """How many candidates are predicted to fit."""
-        return sum(candidate.fits for candidate in self.candidates)
-
-    @property
-    def baseline(self) -> Candidate | None:
-        """The dense candidate that is measured for comparison although it does not fit."""
-        return next((candidate for candidate in self.to_measure if not candidate.fits), None)
+        """How many candidates are predicted to fit or, where the device is at hand, may fit."""
+        return sum(c.fits or (self.profile.at_hand and c.doubtful) for c in self.candidates)
 
     def nothing_fits(self) -> NothingFits:
         """The error for a budget that none of the candidates meets."""
@@ -87,7 +82,7 @@ def propose(
         heads = [np.ones(layer.heads) for layer in shape.layers]
         plan_for = plans(shape, heads, [np.ones(layer.neurons) for layer in shape.layers])
     candidates = candidates_for(shape, plan_for, targets, profile, budget, ratios=ratios)
-    to_measure = worth_measuring(candidates, limit)
+    to_measure = worth_measuring(candidates, limit, at_hand=profile.at_hand)
     return Proposal(name, shape, profile, budget, tuple(candidates), tuple(to_measure), provisional)
 
 

@@ -169,7 +169,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
             str(c),
             test,
             f"{speed['median_ts']:.1f} ({speed['low_ts']:.1f}–{speed['high_ts']:.1f})",
-            str(speed["peak_mib"]),
+            f"{speed['peak_mib']:.0f}" if speed["peak_mib"] else "",
         ]
         for c, t in result.trials
         for test, speed in t.speed.items()

@@ -18,7 +18,7 @@ from edgeprune.candidates import candidates_for, nearest_miss, worth_measuring
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.devices import Budget, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
-from edgeprune.fitting import FitResult, choose, fit
+from edgeprune.fitting import FitResult, choose, fit, judge_measured
 from edgeprune.metrics import mean_interval
 from edgeprune.plan import PrunePlan, Scope
 from edgeprune.proposal import propose
@@ -230,7 +230,34 @@ def test_dense_is_measured_for_comparison_where_it_fits_nowhere(wide: Path) -> N
     proposal = propose("m", Checkpoint(wide).shape, load_profile("rpi5"), budget, [target_for("Q8_0")], ratios=RATIOS)
     *fitting, dense = proposal.to_measure
     assert fitting and all(c.fits and not c.dense for c in fitting)
-    assert dense.dense and not dense.fits and proposal.baseline == dense
+    assert dense.dense and not dense.fits
+
+
+def test_where_the_device_is_at_hand_doubt_is_measured(wide: Path) -> None:
+    budget = speed_between(wide, 0.3, "Q8_0", 64)
+    profile = load_profile("rpi5")
+    here = profile.model_copy(update={"name": "host"})
+    far, near = (
+        propose("m", Checkpoint(wide).shape, p, budget, [target_for("Q8_0")], ratios=RATIOS) for p in (profile, here)
+    )
+    assert all(c.fits for c in far.to_measure[:-1])
+    assert any(c.doubtful and c.dense for c in near.to_measure), "the interval reaches far beyond the budget"
+    assert {c.name for c in far.to_measure} <= {c.name for c in near.to_measure}
+
+
+def test_what_is_measured_goes_before_what_is_predicted() -> None:
+    budget = Budget(min_tokens_per_s=100, max_memory_mib=50, max_file_mib=1, context=64)
+    files = {"f": {"sha256": "0", "bytes": 1 << 20}}
+    test = {"median_ts": 120.0, "peak_mib": 40.0}
+    good = Trial("k", "c", "ok", None, quality([0.1, 0.2]), {"pp512": test, "tg128": test}, files)
+    assert judge_measured(good, budget) == ()
+    bad = replace(
+        good,
+        speed={"pp512": {**test, "peak_mib": 60.0}, "tg128": {**test, "median_ts": 80.0}},
+        files={"f": {"sha256": "0", "bytes": 3 << 20}},
+    )
+    speed, memory, size = judge_measured(bad, budget)
+    assert "measured 80.0" in speed and "measured 60" in memory and "measured 3.0" in size
 
 
 def test_nearest_miss_breaks_the_fewest_limits(wide: Path) -> None:
