@@ -115,12 +115,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     for ratio in sorted({row["asked_ratio"] for row in rows[1:]}):
         here = {row["method"]: row for row in rows if row["asked_ratio"] == ratio and row["method"] != "dense"}
         amp = here[methods[0]]
-        cells = [f"{here[method]['perplexity']:.2f}" for method in methods]
+        cells = [_perplexity(here[method]["perplexity"]) for method in methods]
         widths = f"{amp['heads']} / {amp['kv_heads']} / {amp['neurons']}"
         lines.append(
             f"| {100 * ratio:.0f} % ({100 * amp['reached_ratio']:.1f} % reached) | {widths} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 else f"{value:.1e}"
 
 
 if __name__ == "__main__":

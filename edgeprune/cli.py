@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.markup import escape
 
+from edgeprune.cli_look import AsJson, devices_app, doctor, inspect
 from edgeprune.errors import BadInput, EdgepruneError
-from edgeprune.output import Stages, console, print_checks, print_inspection, print_proposal, print_table, problem
+from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
 
 if TYPE_CHECKING:
     from edgeprune.plan import Scope
@@ -28,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-devices_app = typer.Typer(help="Device profiles.", no_args_is_help=True)
-app.add_typer(devices_app, name="devices")
 
 
 class Form(StrEnum):
@@ -55,7 +54,6 @@ Calibration = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads here. Default: all cores.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of self-generated text.")]
 
 
@@ -73,10 +71,6 @@ def _duration(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise BadInput(f"{text!r} is no duration", where="--max-time", remedy="write for example 90s, 15m or 2h")
     return seconds
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 @app.command()
@@ -148,7 +142,7 @@ def fit(
             _, proposal = prepare(model, profile, budget, options, progress=stages)
             print_proposal(proposal, estimate(proposal, options))
             if as_json:
-                _print_json([candidate.to_json() for candidate in proposal.candidates])
+                print_json([candidate.to_json() for candidate in proposal.candidates])
             return
         result = run_fit(
             model,
@@ -160,7 +154,7 @@ def fit(
             **chosen,
         )
     if as_json:
-        _print_json(json.loads((result.out / "fit.json").read_text(encoding="utf-8")))
+        print_json(json.loads((result.out / "fit.json").read_text(encoding="utf-8")))
         return
     print_table("Measured candidates", MEASURED_HEADER, measured_rows(result.trials, result.chosen))
     console.print(f"\n[bold green]✓[/] {escape(result.verdict)}\n", soft_wrap=True)
@@ -241,7 +235,7 @@ def prune(
         **asdict(widths),
     }
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
     console.print(
         f"asked {100 * plan.asked_ratio:.2f} %, reached {100 * plan.reached_ratio:.2f} % of all parameters "
@@ -359,7 +353,7 @@ def evaluate(
             progress=stages,
         )
     if as_json:
-        _print_json(answer.to_json())
+        print_json(answer.to_json())
         return
     if answer.rows:
         print_table(f"Quality of {path.name} ({answer.measured_on})", ("figure", "value", "95 % interval"), answer.rows)
@@ -367,74 +361,9 @@ def evaluate(
         print_table("Tasks (lm-eval)", ("task", "metric", "value", "standard error", "items"), answer.task_rows)
 
 
-@app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")],
-    as_json: AsJson = False,
-) -> None:
-    """Show what is in a model file: family, widths of each layer, bytes by part, quantisation."""
-    from edgeprune.inspection import inspect as look
-
-    found = look(path)
-    if as_json:
-        _print_json(asdict(found))
-    else:
-        print_inspection(found)
-
-
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Show what is installed, which runtimes work, and what this machine is."""
-    from edgeprune.doctor import diagnose
-
-    checks = diagnose()
-    if as_json:
-        _print_json([asdict(check) for check in checks])
-    else:
-        print_checks(checks)
-    if any(check.ok is False for check in checks):
-        raise typer.Exit(4)
-
-
-@devices_app.command("list")
-def devices_list(as_json: AsJson = False) -> None:
-    """List the device profiles."""
-    from edgeprune.devices import list_profiles
-
-    profiles = list_profiles()
-    if as_json:
-        _print_json([profile.model_dump(mode="json") for profile in profiles])
-        return
-    rows = [
-        [
-            profile.name,
-            profile.description,
-            f"{profile.memory.total_gib.value:g}",
-            " · ".join(f"{backend} {decode.gbs.value:g}" for backend, decode in profile.decode.items()),
-            ", ".join(profile.names[1:]),
-        ]
-        for profile in profiles
-    ]
-    print_table("Devices", ("name", "device", "memory GiB", "effective decode GB/s", "also known as"), rows)
-
-
-@devices_app.command("show")
-def devices_show(
-    name: Annotated[str, typer.Argument(help="Profile name, path of a .toml, or host.")], as_json: AsJson = False
-) -> None:
-    """Show a device profile: every number with its interval, kind and source."""
-    from edgeprune.devices import load_profile
-    from edgeprune.output import figures_of
-
-    profile = load_profile(name)
-    if as_json:
-        _print_json(profile.model_dump(mode="json"))
-        return
-    print_table(
-        f"{profile.name}: {profile.description}", ("figure", "value", "interval", "kind", "source"), figures_of(profile)
-    )
-    if profile.notes:
-        console.print(profile.notes.strip(), markup=False)
+app.command()(inspect)
+app.command()(doctor)
+app.add_typer(devices_app, name="devices")
 
 
 def _quiet_libraries() -> None:

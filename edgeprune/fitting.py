@@ -5,11 +5,13 @@ The pipeline is `fit` itself, read from top to bottom; every stage leaves an art
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from edgeprune.bundle import write_bundle
@@ -24,7 +26,7 @@ from edgeprune.proposal import Proposal, estimated_seconds, plans, propose
 from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, cached_scores
 from edgeprune.quality import differs
 from edgeprune.record import Trial, append_trial, files_of, fit_record, read_trials
-from edgeprune.reference import make_reference
+from edgeprune.reference import load_reference, make_reference
 from edgeprune.report import write_report
 from edgeprune.targets import Target, default_targets, target_for
 from edgeprune.workshop import TIMEOUT_S, Workshop, trial_key
@@ -237,7 +239,11 @@ def fit(
         result,
         model_hash=model_hash,
         calibration={"source": calibration.source, "sha256": calibration.hash, "tokens": calibration.tokens},
-        held_out={"source": text_source, "reference": reference.name},
+        held_out={
+            "source": text_source,
+            "reference": reference.name,
+            "dense_perplexity": math.exp(fmean(load_reference(reference).nll)),
+        },
         options=settings,
         seconds=time.monotonic() - started,
     )

@@ -3,6 +3,7 @@ standard error."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -27,6 +28,11 @@ def problem(text: str, *, kind: str = "error") -> None:
     """Print one line on standard error; it is never wrapped, so it can be searched and copied."""
     colour = "red" if kind == "error" else "yellow"
     errors.print(f"[{colour}]{kind}:[/] {escape(' '.join(text.split()))}", soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as JSON on standard output, for machines: nothing else goes there."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 class Stages:

@@ -97,11 +97,12 @@ def estimated_seconds(shape: ModelShape, *, written: int, read: int, exports: in
     """
     size = 768
     a = np.ones((size, size), dtype=np.float32)
-    a @ a  # the first product also starts the threads
-    start = time.perf_counter()
-    for _ in range(5):
+    times = []
+    for _ in range(12):  # the first starts the threads, and any may be disturbed: the quickest tells
+        start = time.perf_counter()
         a @ a
-    rate = 5 * 2 * size**3 / (time.perf_counter() - start)  # floating-point operations a second
+        times.append(time.perf_counter() - start)
+    rate = 2 * size**3 / min(times)  # floating-point operations a second
     # Seen on two machines: a model reads at about half of the large product's rate and writes texts side by side at a
     # fifth of it; an export moves the weights about six times, at some 0.5 GB/s.
     per_token = 2 * shape.parameters / rate

@@ -35,7 +35,7 @@ def write_plot(
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter
 
     shown = [(c, t.quality) for c, t in pairs if t.quality is not None]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -71,8 +71,12 @@ def write_plot(
             ha="right",
         )
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # Between powers of ten only where there is room: a range of less than a power and a half.
+    few = max(y for _, y in points) < 30 * min(y for _, y in points)
+    axes.yaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:.2g}" if few and f"{value:e}"[0] in "2346" else "")
+    )
     # The widest interval would push the points together; what sticks out is in the table.
     speeds = [x for x, _ in points] + ([wanted_tps] if wanted_tps else [])
     axes.set_xlim(0.7 * min(speeds), 1.35 * max(speeds))
@@ -84,20 +88,26 @@ def write_plot(
         axes.plot([], [], "o", color=colours.get(runtime, "#555555"), label=runtime)
     axes.plot([], [], "*", color="#333333", markersize=12, label="chosen")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.12), ncols=4, frameon=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
 def _label(axes: Any, shown: Sequence[tuple[Candidate, Any]], points: Sequence[tuple[float, float]]) -> None:
-    """Names beside the points; where points lie close, the labels go above and below in turn."""
+    """Names in a column beside the plot, in the order of their points and tied to them: they never overlap."""
     order = sorted(range(len(points)), key=lambda i: points[i][1])
     for rank, i in enumerate(order):
         candidate = shown[i][0]
         share = "dense" if candidate.dense else f"−{100 * candidate.plan.reached_ratio:.0f} %"
-        offset = (6, 5) if rank % 2 else (6, -11)
+        scope = " MLP" if candidate.plan.scope == "mlp" and not candidate.dense else ""
         axes.annotate(
-            f"{candidate.target.quantisation} {share}", points[i], xytext=offset, textcoords="offset points", fontsize=8
+            f"{candidate.target.quantisation} {share}{scope}",
+            points[i],
+            xytext=(1.02, (rank + 0.5) / len(order)),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.7},
+            va="center",
+            fontsize=8,
         )
 
 
@@ -200,6 +210,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
             ["use", "source"],
             [["calibration", record["calibration"]["source"]], ["held out", record["held_out"]["source"]]],
         ),
+        f"The dense model, unquantised, has perplexity {record['held_out']['dense_perplexity']:.2f} on held-out text.",
         "## Again",
         f"```\n{record['commands']['again']}\n```",
         f"edgeprune {record['environment']['edgeprune']}, {record['environment']['platform']}, "

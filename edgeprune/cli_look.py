@@ -1,0 +1,83 @@
+"""Commands that only look: `inspect`, `doctor`, `devices list`, `devices show`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.output import console, print_checks, print_inspection, print_json, print_table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+devices_app = typer.Typer(help="Device profiles.", no_args_is_help=True)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a model file: family, widths of each layer, bytes by part, quantisation."""
+    from edgeprune.inspection import inspect as look
+
+    found = look(path)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_inspection(found)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show what is installed, which runtimes work, and what this machine is."""
+    from edgeprune.doctor import diagnose
+
+    checks = diagnose()
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        print_checks(checks)
+    if any(check.ok is False for check in checks):
+        raise typer.Exit(4)
+
+
+@devices_app.command("list")
+def devices_list(as_json: AsJson = False) -> None:
+    """List the device profiles."""
+    from edgeprune.devices import list_profiles
+
+    profiles = list_profiles()
+    if as_json:
+        print_json([profile.model_dump(mode="json") for profile in profiles])
+        return
+    rows = [
+        [
+            profile.name,
+            profile.description,
+            f"{profile.memory.total_gib.value:g}",
+            " · ".join(f"{backend} {decode.gbs.value:g}" for backend, decode in profile.decode.items()),
+            ", ".join(profile.names[1:]),
+        ]
+        for profile in profiles
+    ]
+    print_table("Devices", ("name", "device", "memory GiB", "effective decode GB/s", "also known as"), rows)
+
+
+@devices_app.command("show")
+def devices_show(
+    name: Annotated[str, typer.Argument(help="Profile name, path of a .toml, or host.")], as_json: AsJson = False
+) -> None:
+    """Show a device profile: every number with its interval, kind and source."""
+    from edgeprune.devices import load_profile
+    from edgeprune.output import figures_of
+
+    profile = load_profile(name)
+    if as_json:
+        print_json(profile.model_dump(mode="json"))
+        return
+    print_table(
+        f"{profile.name}: {profile.description}", ("figure", "value", "interval", "kind", "source"), figures_of(profile)
+    )
+    if profile.notes:
+        console.print(profile.notes.strip(), markup=False)
