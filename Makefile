@@ -22,6 +22,7 @@ $(VENV)/.made:
 # torch first and by exact version: a range would pull gigabytes of CUDA where a CPU build is at hand. llama-cpp-python
 # compiles here, without its multimodal part; pip keeps the wheel for the next time.
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing; compiling llama-cpp-python takes 4 to 8 minutes the first time"
 	$(PIP) install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	CMAKE_ARGS="-DMTMD_BUILD=OFF $$CMAKE_ARGS" $(PIP) install --quiet -c constraints.txt -e ".[all]"
 	@touch $@

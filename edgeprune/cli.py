@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 
 from edgeprune.cli_look import AsJson, devices_app, doctor, inspect
-from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, missing_extra
 from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
 
 if TYPE_CHECKING:
@@ -384,6 +384,12 @@ def main() -> None:
     except EdgepruneError as error:
         problem(str(error))
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        problem(str(missing_extra(package, EXTRAS[package])))
+        sys.exit(BadInput.exit_code)
     except KeyboardInterrupt:
         problem("interrupted; run the same command again to continue where it stopped", kind="stopped")
         sys.exit(130)

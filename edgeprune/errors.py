@@ -46,6 +46,24 @@ class StageFailed(EdgepruneError):
     exit_code = 4
 
 
+# Packages that only an extra brings, and which.
+EXTRAS = {
+    "torch": "prune",
+    "transformers": "prune",
+    "safetensors": "prune",
+    "gguf": "prune",
+    "matplotlib": "prune",
+    "llama_cpp": "llama",
+    "onnxruntime": "onnx",
+    "tokenizers": "onnx",
+    "onnx_ir": "export",
+    "onnx": "export",
+    "optimum": "optimum",
+    "lm_eval": "eval",
+    "datasets": "eval",
+}
+
+
 def missing_extra(package: str, extra: str) -> BadInput:
     """The error for an optional package that is not installed."""
     return BadInput(f"{package} is not installed", remedy=f'pip install "edgeprune[{extra}]"')

@@ -174,6 +174,8 @@ try:
     load(sys.argv[1])
 except BadInput as error:
     print(error)
+sys.argv[1:] = ["fit", "--model", sys.argv[1], "--device", "rpi5"]
+edgeprune.cli.main()
 """
     source = tmp_path / "board.py"
     source.write_text(script)
@@ -181,5 +183,6 @@ except BadInput as error:
 
     folder = save_llama(tmp_path / "llama")
     result = subprocess.run([sys.executable, source, folder], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert 'pip install "edgeprune[prune]"' in result.stdout
+    assert result.stdout.count('pip install "edgeprune[prune]"') == 1
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count('pip install "edgeprune[prune]"') == 1

@@ -141,6 +141,7 @@ def test_stored_weights_are_the_ones_computed_with(
         assert divergence(expected, logits) < divergence(dense, logits) / 10
 
 
+@pytest.mark.filterwarnings("ignore")  # of the tracing exporter's own
 def test_optimum_makes_the_same_logits(make_llama: MakeLlama, tmp_path: Path) -> None:
     folder = make_llama(num_attention_heads=4, num_key_value_heads=2)
     ours = open_model(export_onnx(folder, tmp_path / "ours", precision="fp32"))
