@@ -143,7 +143,7 @@ def write_bundle(
     """Write the folder `out` (replaced when whole) around what was exported: a file or a folder.
 
     Raises:
-        StageFailed: the disk is full.
+        BadInput: the disk is full.
     """
     with atomic_folder(out) as temporary:
         if exported.is_dir():

@@ -176,10 +176,17 @@ def worth_measuring(candidates: Sequence[Candidate], limit: int, *, at_hand: boo
     is measured beside the least pruned that is predicted to.
     """
     first: dict[tuple[str, Scope, bool], Candidate] = {}
+    all_heads = max(sum(layer.heads for layer in candidate.shape.layers) for candidate in candidates)
     for candidate in sorted(candidates, key=lambda c: c.plan.reached_ratio):
         if candidate.fits or (at_hand and candidate.doubtful):
-            first.setdefault((candidate.target.quantisation, candidate.plan.scope, candidate.doubtful), candidate)
-    ordered = sorted(first.values(), key=lambda c: (c.plan.reached_ratio, -c.cost.file_mib))
+            # What keeps every head, dense too, is a plan of either scope.
+            scopes: set[Scope] = {candidate.plan.scope}
+            if sum(layer.heads for layer in candidate.shape.layers) == all_heads:
+                scopes.add("mlp")
+            for scope in scopes:
+                first.setdefault((candidate.target.quantisation, scope, candidate.doubtful), candidate)
+    unique = {id(candidate): candidate for candidate in first.values()}
+    ordered = sorted(unique.values(), key=lambda c: (c.plan.reached_ratio, -c.cost.file_mib))
     chosen = ordered[:limit]
     for runtime in {c.target.runtime for c in ordered} - {c.target.runtime for c in chosen}:
         chosen[-1:] = [next(c for c in ordered if c.target.runtime == runtime)]

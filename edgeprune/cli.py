@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -390,13 +391,15 @@ def main() -> None:
             raise
         problem(str(missing_extra(package, EXTRAS[package])))
         sys.exit(BadInput.exit_code)
-    except KeyboardInterrupt:
-        problem("interrupted; run the same command again to continue where it stopped", kind="stopped")
-        sys.exit(130)
     except BrokenPipeError:
         # Whoever read our output is gone; nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        problem(f"the disk is full ({error.filename or error.strerror}); free some space and run the command again")
+        sys.exit(BadInput.exit_code)
 
 
 if __name__ == "__main__":

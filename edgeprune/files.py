@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import BadInput, StageFailed
+from edgeprune.errors import BadInput
 
 CHUNK = 1 << 20  # bytes
+_UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 def cache_dir() -> Path:
@@ -39,20 +40,38 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _is_full(folder: Path, error: Exception) -> bool:
+    """Whether `error` came of a full disk. Not every library says so: numpy gives no errno, safetensors a text, and
+    llama.cpp only that a stream failed; so what is left free is looked at as well, before anything is cleaned up."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if any(phrase in str(error) for phrase in ("No space left", "Not enough free space")):
+        return True
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < CHUNK
+    return False
+
+
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path, folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with the disk into one line about `path`; `folder` exists and is where it is written."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StageFailed(
-                "the disk is full", where=path, remedy="free some space or choose another --out"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise BadInput(
-                f"cannot write ({error.strerror})", where=path, remedy="choose a folder you can write to"
-            ) from error
+    except Exception as error:
+        if _is_full(folder, error):
+            raise BadInput("the disk is full", where=path, remedy="free some space or choose another place") from error
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            remedy = "choose a folder you can write to"
+            raise BadInput(f"cannot write ({error.strerror})", where=path, remedy=remedy) from error
         raise
+
+
+def _parent(path: Path) -> Path:
+    """The folder that `path` will lie in, made if need be."""
+    existing = next(p for p in path.absolute().parents if p.exists())
+    with _disk_errors(path, existing):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent
 
 
 @contextlib.contextmanager
@@ -60,41 +79,44 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only when the block succeeds.
 
     Raises:
-        StageFailed: the disk is full.
-        BadInput: the folder cannot be written to.
+        BadInput: the disk is full, or the folder cannot be written to.
     """
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
+    folder = _parent(path)
+    temporary: Path | None = None
+    try:
+        with _disk_errors(path, folder):
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=folder)
+            os.close(handle)
+            temporary = Path(name)
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.chmod(0o644)
             temporary.replace(path)
-        finally:
+    finally:
+        if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """As `atomic_file`, for a folder; an existing folder of that name is replaced at the end."""
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary.chmod(0o755)
-        try:
+    folder = _parent(path)
+    temporary: Path | None = None
+    try:
+        with _disk_errors(path, folder):
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=folder))
+            temporary.chmod(0o755)
             yield temporary
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=folder))
                 path.replace(old / path.name)
                 temporary.replace(path)
                 shutil.rmtree(old)
             else:
                 temporary.replace(path)
-        finally:
+    finally:
+        if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -58,6 +58,8 @@ class Stages:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        if kind is KeyboardInterrupt:  # typer ends the command with exit code 130, and says nothing
+            problem("interrupted; run the same command again to continue where it stopped", kind="stopped")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report `done` of `total` of a stage; a total of 0 is a stage without steps."""

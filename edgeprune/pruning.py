@@ -85,8 +85,7 @@ def prune(
         progress: called with (stage, done, total).
 
     Raises:
-        BadInput: anything wrong with the arguments or the model.
-        StageFailed: the disk is full.
+        BadInput: anything wrong with the arguments or the model, or a full disk.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)

@@ -98,8 +98,8 @@ def build_reference(
     reference of the same key is used as it is.
 
     Raises:
-        BadInput: as `held_out`.
-        StageFailed: the disk has too little room, or the model's logits are not finite.
+        BadInput: as `held_out`, or the disk has too little room.
+        StageFailed: the model's logits are not finite.
     """
     key = reference_key(model_hash, runtime.name, text, length=length, count=count)
     final = folder / key
@@ -286,7 +286,7 @@ def _check_room(folder: Path, n_bytes: int) -> None:
     existing = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
-        raise StageFailed(
+        raise BadInput(
             f"the reference needs {n_bytes >> 20} MiB, the disk has {free >> 20} MiB left",
             where=folder,
             remedy="free some space, or ask for fewer or shorter windows",

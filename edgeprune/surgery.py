@@ -137,8 +137,7 @@ def prune_checkpoint(source: Path, plan: PrunePlan, out: Path, *, progress: Prog
     """Write the pruned checkpoint to the folder `out` (replaced when whole), in the source's number format.
 
     Raises:
-        BadInput: the plan does not fit the checkpoint.
-        StageFailed: the disk is full.
+        BadInput: the plan does not fit the checkpoint, or the disk is full.
     """
     checkpoint = Checkpoint(source)
     check(plan, checkpoint.shape)

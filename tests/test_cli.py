@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,32 @@ edgeprune.cli.main()
     assert result.stdout.count('pip install "edgeprune[prune]"') == 1
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count('pip install "edgeprune[prune]"') == 1
+
+
+def test_an_interrupted_fit_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C once the first trial is on disk: exit code 130, one line; the next run keeps that trial."""
+    command = ["fit", "--model", tiny_folder, "--device", "rpi5", "--context", "128", "--out", "run", "--quant"]
+    (tmp_path / "text.txt").write_text("The kettle sings before the water boils, and nobody listens. " * 800)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "edgeprune.cli", *map(str, command), "F32,F16,Q8_0,Q4_0", "--held-out", "text.txt"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs in the background hands down ignored interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    log = tmp_path / "run" / "trials.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n")) and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 130, said
+    assert "interrupted; run the same command again" in said and "Traceback" not in said
+    kept = log.read_text().splitlines()
+    assert not (tmp_path / "run" / "fit.json").exists()
+    again = edgeprune(*command, "F32,F16,Q8_0,Q4_0", "--held-out", "text.txt", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert log.read_text().splitlines()[: len(kept)] == kept
+    assert len(log.read_text().splitlines()) == 4

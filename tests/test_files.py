@@ -1,0 +1,88 @@
+"""Files and folders are whole or absent, whatever interrupts the writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from edgeprune import files
+from edgeprune.errors import BadInput, StageFailed
+from edgeprune.files import atomic_file, atomic_folder, read_json, write_json, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def break_off(_: Path) -> None:
+    raise RuntimeError("broken off")
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "a.txt"
+    write_text(path, "one")
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        break_off(temporary)
+    assert path.read_text() == "one" and names(path.parent) == ["a.txt"]
+    write_text(path, "two")
+    assert path.read_text() == "two"
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for text in ("one", "two"):
+        with atomic_folder(path) as temporary:
+            (temporary / "f").write_text(text)
+        assert (path / "f").read_text() == text
+    with pytest.raises(RuntimeError), atomic_folder(path) as temporary:
+        (temporary / "g").write_text("half")
+        break_off(temporary)
+    assert names(path) == ["f"] and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError("Not enough free space to write 113246208 bytes after offset 1785728"),  # numpy, without errno
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+    ids=["errno", "numpy", "safetensors"],
+)
+@pytest.mark.parametrize("context", [atomic_file, atomic_folder])
+def test_a_full_disk_is_one_line(tmp_path: Path, context: Callable[..., object], error: Exception) -> None:
+    with pytest.raises(BadInput, match="the disk is full") as caught, context(tmp_path / "a"):  # type: ignore[attr-defined]
+        raise error
+    assert caught.value.exit_code == 2 and str(tmp_path / "a") in str(caught.value)
+    assert not names(tmp_path)
+
+
+def test_a_library_that_does_not_say_so_is_seen_by_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(BadInput, match="the disk is full"), atomic_file(tmp_path / "a"):
+        raise StageFailed("llama.cpp cannot quantise: iostream error")
+    assert not names(tmp_path)
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="something else"), atomic_file(tmp_path / "a"):
+        raise StageFailed("something else")
+
+
+def test_a_place_that_cannot_hold_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadInput, match="cannot write"):
+        write_text(tmp_path / "file" / "below", "y")
+
+
+def test_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"ä": [1, 2.5, None]})
+    assert read_json(tmp_path / "a.json") == {"ä": [1, 2.5, None]}
+    with pytest.raises(BadInput, match="no such file"):
+        read_json(tmp_path / "b.json")
