@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -139,7 +140,7 @@ def fit(
     device: str | DeviceProfile = "host",
     budget: Budget | None = None,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     targets: Sequence[Target | str] | None = None,
     on_proposal: Callable[[Proposal], None] | None = None,
     progress: Progress | None = None,
@@ -170,7 +171,7 @@ def fit(
     source, proposal = prepare(model, profile, budget, settings, progress=progress)
     if on_proposal:
         on_proposal(proposal)
-    out = _writable(out or Path("runs") / f"{Path(str(model)).stem}-{profile.name}")
+    out = _writable(Path(out) if out else Path("runs") / f"{Path(str(model)).stem}-{profile.name}")
 
     # Importance: one pass over calibration text; every ratio is then arithmetic.
     loaded = load(source)
@@ -230,6 +231,9 @@ def fit(
         # An app may be tied to the other runtime: it gets the best that fits there.
         if pick := choose([pair for pair in fitting if pair[0].target.runtime == runtime]):
             bundles[f"best-{runtime}"] = pick
+    for stale in out.glob("best*"):  # of an earlier run with another outcome
+        if stale.name not in bundles:
+            shutil.rmtree(stale)
     for folder, (candidate, trial) in bundles.items():
         path = workshop.export(candidate)
         if files_of(path) != trial.files:

@@ -62,7 +62,7 @@ def plan_for(shape: ModelShape, scores: Scores, ratio: float, *, align: int = 1,
 def prune(
     model: str | Path | Model,
     ratio: float,
-    out: Path,
+    out: str | Path,
     *,
     method: str = "amp",
     align: int = 32,
@@ -91,6 +91,7 @@ def prune(
         raise unknown("method", method, METHODS)
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
+    out = Path(out)
     if out.exists() and not out.is_dir():
         raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
     if not isinstance(model, Model):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgeprune
+from edgeprune.candidates import RATIOS
 from edgeprune.errors import BadInput
 from edgeprune.files import sha256
 from edgeprune.quality import Quality, quality_from_json
@@ -190,6 +191,8 @@ def _command(result: FitResult, options: FitOptions) -> str:
         "--quant": ",".join(target.quantisation for target in options.targets),
         "--calibration": options.calibration,
         "--held-out": options.held_out,
+        "--ratios": ",".join(f"{r:g}" for r in options.ratios) if options.ratios != RATIOS else None,
+        "--max-candidates": options.limit,
         "--seed": options.seed,
         "--out": result.out,
     }

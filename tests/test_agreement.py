@@ -53,7 +53,7 @@ def test_tiny_models_agree_dense_and_pruned(tiny_folder: Path, tmp_path: Path) -
     assert_agree(everywhere(tiny_folder, tmp_path / "dense"))
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES) * 20)
-    prune(tiny_folder, 0.2, tmp_path / "pruned", calibration=str(text))
+    prune(tiny_folder, 0.2, str(tmp_path / "pruned"), calibration=str(text))
     assert_agree(everywhere(tmp_path / "pruned", tmp_path / "exports"))
 
 

@@ -96,6 +96,9 @@ def test_fit_prunes_to_a_budget_and_proves_it(wide: Path, tmp_path: Path) -> Non
     assert "measuring" in " ".join(seen)
     assert not (tmp_path / "run" / "work").exists()
 
+    command = record["commands"]["again"]
+    assert "--device rpi5" in command and "--ratios 0,0.1,0.2,0.3,0.4" in command and "--quant Q8_0,int8" in command
+
     # Stock software loads what was chosen: the widths in the file are those of the plan.
     llama = llama_cpp.Llama(str(best / "model.gguf"), n_ctx=32, verbose=False)
     widths = result.chosen.shape.layers[0]
@@ -121,7 +124,9 @@ def test_a_second_run_repeats_no_trial(wide: Path, tmp_path: Path, monkeypatch: 
         raise AssertionError("measured again")
 
     monkeypatch.setattr("edgeprune.workshop.evaluate", never)
+    (tmp_path / "run" / "best-onnxruntime").mkdir()  # as an earlier run with another outcome leaves it
     again = run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
+    assert not (tmp_path / "run" / "best-onnxruntime").exists()
     assert (tmp_path / "run" / "trials.jsonl").read_text() == log
     assert again.verdict == first.verdict
     with pytest.raises(AssertionError, match="measured again"):
