@@ -250,7 +250,7 @@ def prune(
 def export(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo.")],
     quant: Annotated[
-        str, typer.Option("--quant", "-q", help="F16, Q8_0, Q4_0 … (GGUF); fp32, fp16, int8, int4 (ONNX).")
+        str, typer.Option("--quant", "-q", help="F16, Q8_0, Q4_0 … (GGUF); fp32, fp16, int8, int4-head8, int4 (ONNX).")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help=".gguf file, or folder for ONNX.")],
     exporter: Annotated[

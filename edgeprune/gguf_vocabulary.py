@@ -53,6 +53,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def steps_of(node: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a part of `tokenizer.json` in order, sequences (children under the key `inner`) opened out."""
     if node is None:
         return []
     if node.get("type") == "Sequence":

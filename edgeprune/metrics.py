@@ -7,7 +7,7 @@ at a time: a row stays in the processor's cache, so a window costs a few passes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -198,22 +198,6 @@ def paired_interval(a: Sequence[float] | Doubles, b: Sequence[float] | Doubles, 
     if first.shape != second.shape:
         raise ValueError(f"{first.size} windows against {second.size}: pairs need the same windows")
     return mean_interval(first - second, level)
-
-
-def bootstrap_interval(
-    values: Doubles,
-    statistic: Callable[[Doubles], float],
-    *,
-    seed: int = 0,
-    draws: int = 2000,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap of `statistic` over the first axis (windows), for what is no plain mean, such as a ratio."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), size=(draws, len(values)))
-    drawn = np.array([statistic(values[pick]) for pick in picks])
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(statistic(values)), float(low), float(high))
 
 
 @dataclass

@@ -104,7 +104,7 @@ FORMATS: dict[str, Format] = {
         Format(
             name="onnx",
             runtime="onnxruntime",
-            quantisations=("fp32", "fp16", "int8", "int4"),
+            quantisations=("fp32", "fp16", "int8", "int4-head8", "int4"),
             fit=("int8", "int4"),
             parts=_onnx_parts,
             alignment=lambda _kind: 32,  # the block of MatMulNBits

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgeprune.errors import BadInput, unknown
+from edgeprune.errors import unknown
 from edgeprune.runtimes.gguf_file import BLOCKS, PARTS, part_of, tensor_bytes
 from edgeprune.shape import ModelShape
 
@@ -213,22 +213,3 @@ def alignment(kind: str) -> int:
         BadInput: an unknown `kind`.
     """
     return max(32, BLOCKS[quantisation(kind).base][0])
-
-
-def require_no_new_fallbacks(pruned: ModelShape, dense: ModelShape, kind: str) -> None:
-    """Check that pruning costs no tensor its type.
-
-    Raises:
-        BadInput: a tensor that keeps its type in the dense model falls back in the pruned one.
-    """
-    before, after = tensor_types(dense, kind), tensor_types(pruned, kind)
-    for tensor in tensors(pruned):
-        wanted = wanted_type(tensor, pruned, kind)
-        if after[tensor.name] != wanted and before.get(tensor.name) == wanted_type(tensor, dense, kind):
-            step = BLOCKS[wanted][0]
-            row = tensor.shape[-1]
-            near = sorted({max(step, row // step * step), -(-row // step) * step})
-            raise BadInput(
-                f"{tensor.name}: rows of {row} are not whole blocks of {wanted}, which becomes {after[tensor.name]}",
-                remedy=f"nearest widths: {' and '.join(map(str, near))}",
-            )

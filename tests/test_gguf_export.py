@@ -19,7 +19,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_quantise import QUANTISATIONS, alignment, fallbacks, predicted_bytes, quantise, tensor_types
-from edgeprune.export.gguf_types import require_no_new_fallbacks
 from edgeprune.export.gguf_writer import permute, rotary_factors, unpermute, write_gguf
 from edgeprune.families import FAMILIES
 from edgeprune.gguf_checkpoint import gguf_to_folder, llama3_scaling
@@ -284,9 +283,6 @@ def test_fallbacks_are_told() -> None:
     assert len(told) == 2  # ffn_down is Q6_K in some layers and Q4_K in the others
     assert all(line.startswith("ffn_down: rows of 480") for line in told)
     assert "Q4_K becomes Q5_0" in "".join(told)
-    with pytest.raises(BadInput, match="nearest widths: 256 and 512"):
-        require_no_new_fallbacks(odd, BASE, "Q4_K_M")
-    require_no_new_fallbacks(odd, BASE, "Q4_0")
 
 
 @given(

@@ -148,15 +148,6 @@ def test_pairs_see_what_single_intervals_hide():
         metrics.paired_interval(a, b[:-1])
 
 
-def test_bootstrap_is_seeded_and_near_the_t_interval():
-    values = np.random.default_rng(3).normal(size=200)
-    first, second = (metrics.bootstrap_interval(values, lambda v: float(v.mean()), seed=7) for _ in range(2))
-    assert first == second
-    exact = metrics.mean_interval(values)
-    assert first.low == pytest.approx(exact.low, abs=0.03)
-    assert first.high == pytest.approx(exact.high, abs=0.03)
-
-
 def test_merged_accumulators_are_one():
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(4, 6, 50)).astype(np.float32)
