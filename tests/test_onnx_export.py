@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.export.onnx_bundle import with_plain_decoder
 from edgeprune.export.onnx_graph import PRECISIONS, export_onnx
 from edgeprune.export.onnx_quant import dequantise, quantise
+from edgeprune.export.onnx_types import predicted_bytes
 from edgeprune.export.optimum_exporter import export_optimum
 from edgeprune.runtimes.onnx_file import summary
 from edgeprune.runtimes.ort import OnnxRuntime
@@ -261,3 +263,19 @@ def test_quantisation_refuses_what_the_operator_does_not_take() -> None:
         quantise(np.zeros((2, 32), np.float32), bits=3, block=32, symmetric=True)
     with pytest.raises(ValueError, match="block"):
         quantise(np.zeros((2, 32), np.float32), bits=4, block=24, symmetric=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}])
+def test_sizes_are_told_in_advance(
+    make_llama: MakeLlama, tmp_path: Path, precision: str, changes: dict[str, Any]
+) -> None:
+    folder = make_llama(intermediate_size=104, **changes)  # rows that are no whole blocks
+    stored = {
+        (tensor.location, tensor.offset) if tensor.location else tensor.name: tensor.nbytes
+        for tensor in summary(export_onnx(folder, tmp_path / "onnx", precision=precision)).initializers
+        if tensor.name not in ("cos_cache", "sin_cache") and tensor.dtype != "int64"
+    }
+    told = predicted_bytes(Checkpoint(folder).shape, precision)
+    assert sum(told.values()) == sum(stored.values())
+    assert (told["head"] == 0) == (not changes)
