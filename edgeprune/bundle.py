@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.candidates import Candidate
+from edgeprune.checkpoint import GGUF_TOKENIZER
 from edgeprune.files import atomic_folder, read_json, sha256, write_json, write_text
-from edgeprune.models import COMPANIONS
+from edgeprune.models import copy_companions
 from edgeprune.record import Trial, environment
+from edgeprune.runtimes.gguf_file import GgufFile
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitResult
@@ -122,9 +124,6 @@ def _row(name: str, prediction: Any, kind: str) -> str:
 
 def _licence(source: Path) -> str | None:
     """The licence a GGUF tokenizer or a model card in the source names."""
-    from edgeprune.checkpoint import GGUF_TOKENIZER
-    from edgeprune.runtimes.gguf_file import GgufFile
-
     if (source / GGUF_TOKENIZER).is_file():
         value = GgufFile(source / GGUF_TOKENIZER).metadata.get("general.license")
         if isinstance(value, str):
@@ -152,10 +151,8 @@ def write_bundle(
         else:
             model_file = f"model{exported.suffix}"
             shutil.copyfile(exported, temporary / model_file)
-            for name in COMPANIONS:
-                # tokenizer.gguf is inside the model file already.
-                if (source / name).is_file() and not name.endswith(".gguf"):
-                    shutil.copyfile(source / name, temporary / name)
+            copy_companions(source, temporary)
+            (temporary / GGUF_TOKENIZER).unlink(missing_ok=True)  # it is inside the model file already
         bundle = _bundle_json(result, candidate, trial, source, model_file)
         write_json(temporary / "bundle.json", bundle)
         candidate.plan.save(temporary / "prune_plan.json")

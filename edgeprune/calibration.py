@@ -237,3 +237,14 @@ def self_generated(model: Model, *, count: int, length: int, seed: int, progress
     ids = tuple(piece for _, piece in written[:count])
     write_json(path, {"schema_version": SCHEMA_VERSION, "source": source, "ids": [piece.tolist() for piece in ids]})
     return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), ids, source)
+
+
+def held_out_text(
+    model: Model, *, windows: int, length: int, seed: int = 0, progress: Progress | None = None
+) -> TextSet:
+    """Text to judge on that the model writes itself, enough for `windows` of `length` tokens when joined to one text.
+
+    Its seed is one that calibration text never has. Two texts are to spare: joined and tokenized again, they may come
+    out a little shorter.
+    """
+    return self_generated(model, count=windows + 2, length=length, seed=seed + HELD_OUT_SEED, progress=progress)

@@ -93,9 +93,7 @@ class Candidate:
         }
 
 
-def cost_of(
-    shape: ModelShape, target: Target, profile: DeviceProfile, budget: Budget, *, threads: int | None = None
-) -> Cost:
+def cost_of(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Budget) -> Cost:
     """Predicted cost of a model of `shape` exported to `target`.
 
     Raises:
@@ -111,7 +109,6 @@ def cost_of(
         weights_bytes=weights,
         kv_bytes=shape.kv_cache_bytes(budget.context, bytes_per_value=4.0 if target.runtime == "onnxruntime" else 2.0),
         repack_bytes=target.format.repacked(shape, target.quantisation),
-        threads=threads,
         context=budget.context,
         parameters=shape.parameters,
         quantisation=target.quantisation,
@@ -126,7 +123,6 @@ def candidates_for(
     budget: Budget,
     *,
     ratios: Sequence[float] = RATIOS,
-    threads: int | None = None,
 ) -> list[Candidate]:
     """Every ratio with every target, dense first; those that do not fit say why.
 
@@ -155,7 +151,7 @@ def candidates_for(
             if after.layers in seen:
                 continue
             seen.add(after.layers)
-            cost = cost_of(after, target, profile, budget, threads=threads)
+            cost = cost_of(after, target, profile, budget)
             usual = target.format.fallbacks(shape, target.quantisation)
             notes = tuple(note for note in target.format.fallbacks(after, target.quantisation) if note not in usual)
             reasons = tuple(judge(cost, budget, profile))

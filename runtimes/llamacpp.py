@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +111,27 @@ def _load(path: Path, *, vocab_only: bool) -> Any:
     return model
 
 
-class Vocabulary:
+class _Closing:
+    """What frees memory of llama.cpp: at the end of a `with` block, or with the object. `close` may be called twice."""
+
+    def close(self) -> None:
+        """Free what is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Without attributes its construction never began; at exit the library may be gone before its models.
+        if vars(self) and not sys.is_finalizing():
+            self.close()
+
+
+class Vocabulary(_Closing):
     """The tokenizer in a GGUF file, without the weights.
 
     Args:
@@ -141,18 +161,6 @@ class Vocabulary:
         if self._model:
             llama_cpp.llama_model_free(self._model)
             self._model = None
-
-    def __enter__(self) -> Vocabulary:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # at exit the library may be gone before its models
-            self.close()
 
 
 class _Tokenizer:
@@ -194,7 +202,7 @@ def _check_tokens(tokens: NDArray[np.int64], n_vocab: int) -> None:
         raise BadInput(f"token {wrong} is not in the vocabulary of {n_vocab}")
 
 
-class LlamaCpp:
+class LlamaCpp(_Closing):
     """A GGUF model in llama.cpp, on the processor.
 
     Args:
@@ -379,15 +387,3 @@ class LlamaCpp:
             if self._model:
                 llama_cpp.llama_model_free(self._model)
                 self._model = None
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_lock", None) is not None and not sys.is_finalizing():
-            self.close()
