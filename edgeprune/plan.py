@@ -30,7 +30,10 @@ SCOPES: tuple[Scope, ...] = ("both", "mlp")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer keeps: indices into the dense layer, ascending."""
+    """What one layer keeps: indices into the dense layer, ascending.
+
+    No heads and no key/value heads: the layer has no attention; no neurons: no MLP.
+    """
 
     kv_heads: tuple[int, ...]
     heads: tuple[int, ...]  # query heads, grouped as their key/value heads are
@@ -92,7 +95,7 @@ def check(plan: PrunePlan, shape: ModelShape, *, where: object = "plan") -> None
 
     Raises:
         BadInput: another number of layers, indices out of order or range, or query heads that leave the key/value
-            groups unequal.
+            groups unequal, or no attention in layer 0 (`shape.shape_from_config` says why).
     """
     if len(plan.layers) != len(shape.layers):
         raise BadInput(f"{len(plan.layers)} layers for a model of {len(shape.layers)}", where=where)
@@ -102,12 +105,15 @@ def check(plan: PrunePlan, shape: ModelShape, *, where: object = "plan") -> None
             indices = getattr(layer, name)
             whole = all(type(i) is int for i in indices)
             if (
-                not indices
-                or not whole
+                not whole
                 or sorted(set(indices)) != list(indices)
-                or not 0 <= indices[0] <= indices[-1] < width
+                or (indices and not 0 <= indices[0] <= indices[-1] < width)
             ):
                 raise BadInput(f"layer {index}: {name} must be ascending indices below {width}", where=where)
+        if not layer.heads and not layer.kv_heads:
+            if index == 0:
+                raise BadInput("layer 0 has no attention", where=where, remedy="keep at least one head there")
+            continue
         group = dense.heads // dense.kv_heads
         owners = [head // group for head in layer.heads]
         counts = {owners.count(kv) for kv in layer.kv_heads}
