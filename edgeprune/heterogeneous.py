@@ -65,7 +65,8 @@ def layer_module(
         BadInput: a family or a kind of config that is not supported.
     """
     # Names follow the stock class, so a state dict of `<layers>.<index>.*` with that prefix cut off loads into it.
-    layer_class, attention = _stock_layer(type(config))
+    kind: Any = type(config)
+    layer_class, attention = _stock_layer(kind)
     local = copy.deepcopy(config)
     for key, field in WIDTHS.items():
         # The class must be made with some width even where the part is thrown away just after.
@@ -93,7 +94,9 @@ def model_class(config: Any) -> type[Any]:
     Raises:
         BadInput: a kind of config that is not supported.
     """
-    return _subclass(_stock_class(type(config)))
+    stock: Any = _stock_class(type(config))
+    subclass: type[Any] = _subclass(stock)
+    return subclass
 
 
 def build(config: Any) -> nn.Module:
@@ -135,7 +138,7 @@ def _stock_class(config_class: type[Any]) -> type[Any]:
 
 
 @functools.cache
-def _stock_layer(config_class: type[Any]) -> tuple[Callable[[Any, int], nn.Module], str]:
+def _stock_layer(config_class: Any) -> tuple[Callable[[Any, int], nn.Module], str]:
     """The stock decoder layer's class, and the attention implementation that the stock model takes by itself."""
     config = config_class()
     config.num_hidden_layers = 1
@@ -148,7 +151,7 @@ def _stock_layer(config_class: type[Any]) -> tuple[Callable[[Any, int], nn.Modul
 
 
 @functools.cache
-def _subclass(stock: type[Any]) -> type[Any]:
+def _subclass(stock: Any) -> type[Any]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         shape = shape_of(config)
         kept = {key: getattr(config, key) for key in WIDTHS}

@@ -138,9 +138,9 @@ def _unused(widths: Iterable[int]) -> int:
 
 
 def absent_modules(family: Family, index: int, widths: LayerShape) -> tuple[str, ...]:
-    """Module paths that layer `index` lacks for want of attention or an MLP, with the norms only those would read."""
-    parts = ((widths.heads, "output", "attention_norm"), (widths.neurons, "down", "mlp_norm"))
-    paths = [family.in_layer(index, role).rpartition(".")[0] for width, role, _ in parts if not width]
-    read = {family.in_layer(index, norm) for width, _, norm in parts if width}  # one norm may serve both parts
-    norms = [family.in_layer(index, norm) for _, _, norm in parts]
-    return (*paths, *(norm for norm in dict.fromkeys(norms) if norm not in read))
+    """Module paths that layer `index` lacks for want of attention or an MLP, and the norm only that part reads."""
+    mlp_norm = family.mlp_norm or family.attention_norm  # a parallel block has one norm for both
+    parts = ((widths.heads, family.output, family.attention_norm), (widths.neurons, family.down, mlp_norm))
+    inside = [module.rpartition(".")[0] for width, module, _ in parts if not width]
+    inside += [norm for width, _, norm in parts if not width and norm not in {n for w, _, n in parts if w}]
+    return tuple(f"{family.layers}.{index}.{path}" for path in dict.fromkeys(inside))

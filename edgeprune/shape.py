@@ -55,8 +55,8 @@ class ModelShape:
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers have the same widths."""
-        return len(set(self.layers)) <= 1
+        """Whether all layers have the same widths, and both attention and an MLP."""
+        return len(set(self.layers)) <= 1 and all(layer.heads and layer.neurons for layer in self.layers)
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> ModelShape:
         """The same model with other widths."""
