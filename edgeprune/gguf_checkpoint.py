@@ -28,7 +28,7 @@ from edgeprune.export.gguf_writer import (
 )
 from edgeprune.families import Family, family_for_gguf
 from edgeprune.files import atomic_folder, write_json
-from edgeprune.per_layer import config_widths
+from edgeprune.per_layer import check_layers, config_widths
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.tokenizer import save_tokenizer, special_ids
@@ -132,6 +132,7 @@ def _layers(file: GgufFile) -> tuple[LayerShape, ...]:
             layers[index] = replace(layer, neurons=0) if silent else layer
     if arch != DECI and len(set(layers)) > 1:
         raise BadInput(f"layers of different widths in architecture {arch!r}", where=file.path)
+    check_layers(layers, where=file.path)
     return tuple(layers)
 
 

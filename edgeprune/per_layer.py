@@ -12,7 +12,7 @@ Pure data, no torch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,25 @@ def _layer(
     if MLP in skip:
         widths |= {"neurons": 0}
     return replace(general, **widths)
+
+
+def check_layers(layers: Sequence[LayerShape], *, where: object) -> None:
+    """Check that widths of layers make a model that runs.
+
+    Raises:
+        BadInput: query heads that key/value heads cannot share, no attention in layer 0, off which runtimes read the
+            length of the cache, or no MLP in any layer.
+    """
+    for index, layer in enumerate(layers):
+        if bool(layer.heads) != bool(layer.kv_heads) or (layer.heads and layer.heads % layer.kv_heads):
+            raise BadInput(
+                f"layer {index}: {layer.heads} query heads cannot be shared by {layer.kv_heads} key/value heads",
+                where=where,
+            )
+    if not layers[0].heads:
+        raise BadInput("layer 0 has no attention", where=where, remedy="keep at least one head there")
+    if not any(layer.neurons for layer in layers):
+        raise BadInput("no layer has an MLP", where=where, remedy="keep at least one neuron")
 
 
 def config_widths(layers: tuple[LayerShape, ...]) -> dict[str, Any]:

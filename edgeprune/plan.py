@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_json
+from edgeprune.per_layer import check_layers
 from edgeprune.shape import LayerShape, ModelShape
 
 SCHEMA_VERSION = 1
@@ -95,7 +96,7 @@ def check(plan: PrunePlan, shape: ModelShape, *, where: object = "plan") -> None
 
     Raises:
         BadInput: another number of layers, indices out of order or range, or query heads that leave the key/value
-            groups unequal, or no attention in layer 0 (`shape.shape_from_config` says why).
+            groups unequal, or as `per_layer.check_layers`.
     """
     if len(plan.layers) != len(shape.layers):
         raise BadInput(f"{len(plan.layers)} layers for a model of {len(shape.layers)}", where=where)
@@ -111,14 +112,13 @@ def check(plan: PrunePlan, shape: ModelShape, *, where: object = "plan") -> None
             ):
                 raise BadInput(f"layer {index}: {name} must be ascending indices below {width}", where=where)
         if not layer.heads and not layer.kv_heads:
-            if index == 0:
-                raise BadInput("layer 0 has no attention", where=where, remedy="keep at least one head there")
             continue
         group = dense.heads // dense.kv_heads
         owners = [head // group for head in layer.heads]
         counts = {owners.count(kv) for kv in layer.kv_heads}
         if set(owners) != set(layer.kv_heads) or len(counts) != 1:
             raise BadInput(f"layer {index}: every key/value head kept must keep as many query heads", where=where)
+    check_layers([layer.widths for layer in plan.layers], where=where)
 
 
 def keep_all(shape: ModelShape, *, model_hash: str = "", text_hash: str = "") -> PrunePlan:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput
 from edgeprune.families import Family, family_for
-from edgeprune.per_layer import read_layers
+from edgeprune.per_layer import check_layers, read_layers
 
 # Rotary scalings, and the numbers each needs beside its name.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
@@ -146,7 +146,7 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
     head_dim = _positive(config, "head_dim", where, default=hidden // heads or None)
     general = LayerShape(heads, kv_heads, _positive(config, "intermediate_size", where))
     layers = read_layers(config, general, _positive(config, "num_hidden_layers", where), where=where)
-    _check_layers(layers, where)
+    check_layers(layers, where=where)
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
@@ -173,17 +173,6 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
         bos=next(iter(_token_ids(config.get("bos_token_id"), "bos_token_id", where)), None),
         eos=_token_ids(config.get("eos_token_id"), "eos_token_id", where),
     )
-
-
-def _check_layers(layers: tuple[LayerShape, ...], where: object) -> None:
-    for layer in set(layers):
-        if layer.heads and layer.heads % layer.kv_heads:
-            raise BadInput(
-                f"{layer.heads} query heads cannot be shared by {layer.kv_heads} key/value heads", where=where
-            )
-    if not layers[0].heads:
-        # Runtimes read the length of the cache, and the head size, off layer 0.
-        raise BadInput("layer 0 has no attention", where=where, remedy="keep at least one head there")
 
 
 def rotary_frequencies(shape: ModelShape) -> NDArray[np.float64]:
