@@ -14,6 +14,7 @@ from edgeprune.files import atomic_folder, read_json, sha256, write_json, write_
 from edgeprune.models import copy_companions
 from edgeprune.record import Trial, environment
 from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.shape import ModelShape
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitResult
@@ -83,7 +84,7 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, source: P
     quality = trial.quality
     assert quality is not None
     proposal = result.proposal
-    layer, dense = candidate.shape.layers[0], proposal.shape.layers[0]
+    this, dense = _spans(candidate.shape), _spans(proposal.shape)
     kl, top1 = quality.kl_nats, quality.top1
     licence = _licence(source)
     lines = [
@@ -99,8 +100,9 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, source: P
         "| | dense | this model |",
         "|---|---|---|",
         f"| parameters | {proposal.shape.parameters:,} | {candidate.shape.parameters:,} |",
-        f"| query / key-value heads a layer | {dense.heads} / {dense.kv_heads} | {layer.heads} / {layer.kv_heads} |",
-        f"| MLP neurons a layer | {dense.neurons} | {layer.neurons} |",
+        f"| query / key-value heads a layer | {dense['heads']} / {dense['kv_heads']} | "
+        f"{this['heads']} / {this['kv_heads']} |",
+        f"| MLP neurons a layer | {dense['neurons']} | {this['neurons']} |",
         "",
         "| figure | value | 95 % interval | kind |",
         "|---|---|---|---|",
@@ -116,6 +118,12 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, source: P
         "",
     ]
     return "\n".join(lines)
+
+
+def _spans(shape: ModelShape) -> dict[str, str]:
+    """Widths of a layer in words: "9", or "3 to 9" where layers differ."""
+    widths = shape.widths()
+    return {name: f"{min(w)} to {max(w)}" if isinstance(w, list) else str(w) for name, w in widths.items()}
 
 
 def _row(name: str, prediction: Any, kind: str) -> str:

@@ -69,7 +69,6 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         """The candidate as it stands in the record, without the lists of indices."""
-        layer = self.shape.layers[0]
         return {
             "name": self.name,
             "plan": {
@@ -78,9 +77,7 @@ class Candidate:
                 "asked_ratio": self.plan.asked_ratio,
                 "reached_ratio": self.plan.reached_ratio,
                 "sha256": self.plan_hash,
-                "heads": layer.heads,
-                "kv_heads": layer.kv_heads,
-                "neurons": layer.neurons,
+                **self.shape.widths(),
                 "parameters": self.shape.parameters,
             },
             "quantisation": self.target.quantisation,

@@ -181,6 +181,14 @@ def _amp_visitors(
     """For each layer, what to do with the input of the output projection and of the down projection."""
     visitors: dict[str, Callable[[torch.Tensor], None]] = {}
     for index, layer in enumerate(shape.layers):
+
+        def visit_neurons(a: torch.Tensor, i: int = index) -> None:
+            neurons[i] += neuron_l1(rows(a))
+
+        if layer.neurons:
+            visitors[shape.family.in_layer(index, "down")] = visit_neurons
+        if not layer.heads:
+            continue
         output = shape.family.in_layer(index, "output")
         weight = module.get_submodule(output).weight
         assert isinstance(weight, torch.Tensor)
@@ -188,11 +196,7 @@ def _amp_visitors(
         def visit_heads(x: torch.Tensor, i: int = index, w: torch.Tensor = weight, n: int = layer.heads) -> None:
             heads[i] += head_l1(rows(x), w, n)
 
-        def visit_neurons(a: torch.Tensor, i: int = index) -> None:
-            neurons[i] += neuron_l1(rows(a))
-
         visitors[output] = visit_heads
-        visitors[shape.family.in_layer(index, "down")] = visit_neurons
     return visitors
 
 

@@ -83,9 +83,7 @@ def _layer(
         elif name != "skip" and (name not in config or config[name] != value):
             raise BadInput(f"{KEY}: layer {index}: {name!r} is not supported", where=where, remedy=_REMEDY)
     if "heads" in widths and config.get("num_key_value_heads") is None:
-        widths.setdefault(
-            "kv_heads", widths["heads"]
-        )  # without a number of its own, each query head has a key/value head
+        widths.setdefault("kv_heads", widths["heads"])  # where none is said, every query head has its own
     skip = overrides.get("skip") or []
     if not isinstance(skip, (list, tuple)) or not set(map(str, skip)) <= {ATTENTION, MLP}:
         raise BadInput(f"{KEY}: layer {index}: skip is {skip!r}", where=where, remedy=f"known: {ATTENTION}, {MLP}")

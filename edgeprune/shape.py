@@ -6,7 +6,7 @@ Pure data, no torch. Widths are kept for each layer, so a non-uniform model is n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,11 @@ class ModelShape:
     def uniform(self) -> bool:
         """Whether all layers have the same widths, and both attention and an MLP."""
         return len(set(self.layers)) <= 1 and all(layer.heads and layer.neurons for layer in self.layers)
+
+    def widths(self) -> dict[str, int | list[int]]:
+        """Heads, key/value heads and neurons: a number where it is that of every layer, else a list, a layer each."""
+        columns = {field.name: [getattr(layer, field.name) for layer in self.layers] for field in fields(LayerShape)}
+        return {name: column[0] if len(set(column)) == 1 else column for name, column in columns.items()}
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> ModelShape:
         """The same model with other widths."""

@@ -28,6 +28,7 @@ from edgeprune.export.optimum_exporter import export_optimum
 from edgeprune.families import FAMILIES
 from edgeprune.gguf_checkpoint import gguf_to_folder
 from edgeprune.heterogeneous import build, layer_module
+from edgeprune.importance import amp_scores
 from edgeprune.inspection import inspect
 from edgeprune.models import load
 from edgeprune.per_layer import KEY, config_widths, read_layers
@@ -343,6 +344,17 @@ def test_stock_classes_of_other_families(monkeypatch: pytest.MonkeyPatch) -> Non
             first = model(ids[:, :5], use_cache=True)
             rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits
         torch.testing.assert_close(rest, whole[:, 5:])
+
+
+def test_scores_of_layers_that_lack_parts(tiny_folder: Path, tmp_path: Path) -> None:
+    layers = (LayerShape(8, 4, 0), LayerShape(0, 0, 50), LayerShape(2, 1, 9))
+    model = load(prune_checkpoint(tiny_folder, plan_of(layers), tmp_path / "out"))
+    scores = amp_scores(model, [torch.tensor([1, 2, 3]), torch.tensor([4, 5])])
+    assert [len(heads) for heads in scores.heads] == [8, 0, 2]
+    assert [len(neurons) for neurons in scores.neurons] == [0, 50, 9]
+    assert all((part > 0).all() for part in (*scores.heads, *scores.neurons))
+    assert model.shape.widths() == {"heads": [8, 0, 2], "kv_heads": [4, 0, 1], "neurons": [0, 50, 9]}
+    assert Checkpoint(tiny_folder).shape.widths() == {"heads": 8, "kv_heads": 4, "neurons": 128}
 
 
 # llama.cpp.
