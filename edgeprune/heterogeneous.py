@@ -29,7 +29,17 @@ except ImportError as error:
 
 
 class NoAttention(nn.Module):
-    """Stands where a layer has no attention: adds zeros, keeps nothing in the cache."""
+    """Stands where a layer has no attention: adds zeros, keeps nothing in the cache.
+
+    Args:
+        replaced: the attention whose place it takes. Some layers ask theirs for constants (`is_sliding`).
+    """
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(replaced).items():
+            if not name.startswith("_") and isinstance(value, (bool, int, float, str)):
+                setattr(self, name, value)
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """Zeros like `hidden_states`, (batch, tokens, hidden), and no attention weights."""
@@ -81,8 +91,11 @@ def layer_module(
     attention_path = family.in_layer(index, "output").rpartition(".")[0]
     mlp_path = family.in_layer(index, "down").rpartition(".")[0]
     for path in absent_modules(family, index, widths):
-        stand_in = NoAttention() if path == attention_path else NoMlp() if path == mlp_path else nn.Identity()
-        layer.set_submodule(path.removeprefix(prefix), stand_in)
+        inside = path.removeprefix(prefix)
+        if path == attention_path:
+            layer.set_submodule(inside, NoAttention(layer.get_submodule(inside)))
+        else:
+            layer.set_submodule(inside, NoMlp() if path == mlp_path else nn.Identity())
     return layer
 
 

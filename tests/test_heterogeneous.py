@@ -481,7 +481,7 @@ def test_families_without_such_an_architecture(
 ) -> None:
     out = prune_checkpoint(tiny_folder, plan_of((DENSE, LayerShape(2, 1, 40), DENSE)), tmp_path / "out")
     monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], gguf_per_layer=None))
-    with pytest.raises(BadInput, match=r"'llama' has one width for all.*uniform"):
+    with pytest.raises(BadInput, match=r"one width for all.*uniform"):
         write_gguf(out, tmp_path / "m.gguf")
 
 
