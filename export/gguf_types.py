@@ -87,7 +87,7 @@ def tensors(shape: ModelShape) -> list[Tensor]:
         prefix = f"blk.{index}"
         found += [Tensor(f"{prefix}.attn_norm.weight", (hidden,)), Tensor(f"{prefix}.ffn_norm.weight", (hidden,))]
         for role, rows, columns, bias in linear:
-            if role == "ffn_gate" and shape.family.gate is None:
+            if role == "ffn_gate" and not shape.family.gated:
                 continue
             found.append(Tensor(f"{prefix}.{role}.weight", (rows, columns)))
             if bias:

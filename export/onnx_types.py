@@ -42,7 +42,7 @@ def predicted_bytes(shape: ModelShape, precision: str) -> dict[str, int]:
         return total([(query, hidden), (kv, hidden), (kv, hidden), (hidden, query)]) + 4 * biases
 
     def mlp(layer: LayerShape) -> int:
-        inward = 2 if shape.family.gate else 1
+        inward = 2 if shape.family.gated else 1
         biases = shape.mlp_bias * (inward * layer.neurons + hidden)
         return total([(layer.neurons, hidden)] * inward + [(hidden, layer.neurons)]) + 4 * biases
 

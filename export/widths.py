@@ -13,32 +13,36 @@ def layer_shapes(checkpoint: Checkpoint, shape: ModelShape) -> tuple[LayerShape,
     Raises:
         BadInput: widths that are no whole heads, or that do not fit each other.
     """
-    family = shape.family
+    family, head_dim = shape.family, shape.head_dim
     layers = []
     for index in range(len(shape.layers)):
 
-        def outputs(role: str, columns: int, index: int = index) -> int:
+        def dimensions(role: str, index: int = index) -> tuple[int, int]:
             name = f"{family.in_layer(index, role)}.weight"
-            dimensions = checkpoint.dimensions(name)
-            if len(dimensions) != 2 or dimensions[1] != columns or not dimensions[0]:
-                raise BadInput(f"{name} is {dimensions}, expected (rows, {columns})", where=checkpoint.folder)
-            return dimensions[0]
+            found = checkpoint.dimensions(name)
+            if len(found) != 2 or not all(found):
+                raise BadInput(f"{name} is {found}, expected (rows, columns)", where=checkpoint.folder)
+            return found[0], found[1]
 
-        query, key = outputs("query", shape.hidden), outputs("key", shape.hidden)
-        neurons = outputs("up", shape.hidden)
-        heads, kv_heads = query // shape.head_dim, key // shape.head_dim
-        if query % shape.head_dim or key % shape.head_dim or heads % kv_heads:
+        # The columns of the output and down projections are the widths; all else has to fit them.
+        query, neurons = dimensions("output")[1], dimensions("down")[1]
+        rows = [dimensions(role)[0] for role in family.attention_inputs]
+        key = (rows[0] - query) // 2 if family.qkv else rows[1]
+        heads, kv_heads = query // head_dim, key // head_dim
+        if query % head_dim or key % head_dim or kv_heads < 1 or heads % kv_heads:
             raise BadInput(
-                f"layer {index}: {query} query and {key} key rows do not make groups of {shape.head_dim}-wide heads",
+                f"layer {index}: {query} query and {key} key rows do not make groups of {head_dim}-wide heads",
                 where=checkpoint.folder,
             )
-        expected = {"value": (key, shape.hidden), "output": (shape.hidden, query), "down": (shape.hidden, neurons)}
-        if family.gate:
-            expected["gate"] = (neurons, shape.hidden)
-        for role, (rows, columns) in expected.items():
-            if outputs(role, columns) != rows:
+        expected = {"output": (shape.hidden, query), "down": (shape.hidden, neurons)}
+        inward = {"query": query, "key": key, "value": key, "qkv": query + 2 * key}
+        inward |= {"gate": neurons, "up": neurons, "gate_up": 2 * neurons}
+        for role in (*family.attention_inputs, *family.mlp_inputs):
+            expected[role] = (inward[role], shape.hidden)
+        for role, wanted in expected.items():
+            if dimensions(role) != wanted:
                 raise BadInput(
-                    f"layer {index}: {role} has {outputs(role, columns)} rows, expected {rows}", where=checkpoint.folder
+                    f"layer {index}: {role} is {dimensions(role)}, expected {wanted}", where=checkpoint.folder
                 )
         layers.append(LayerShape(heads, kv_heads, neurons))
     return tuple(layers)
