@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput
-from edgeprune.families import Family
 from edgeprune.files import read_json, write_json
 from edgeprune.shape import LayerShape, ModelShape
 
@@ -29,9 +28,9 @@ Scope = Literal["both", "mlp"]
 SCOPES: tuple[Scope, ...] = ("both", "mlp")
 
 
-def scopes_of(family: Family) -> tuple[Scope, ...]:
-    """The scopes that make a difference in a uniform plan of `family`: "mlp" alone where heads stay."""
-    return ("mlp",) if family.fixed_heads else SCOPES
+def scopes_of(shape: ModelShape) -> tuple[Scope, ...]:
+    """The scopes that a uniform plan of `shape` can have: "mlp" alone where heads stay."""
+    return ("mlp",) if shape.fixed_heads else SCOPES
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def uniform_plan(
         neuron_scores: a layer: (neurons,).
         ratio: share of all parameters to remove, in [0, 1).
         align: the number of neurons kept is a multiple of this.
-        scope: "both", or "mlp" to keep every head. Families with `fixed_heads` keep them in either scope, and the
+        scope: "both", or "mlp" to keep every head. Models with `fixed_heads` keep them in either scope, and the
             plan says "mlp"; the neurons alone then make up the ratio.
 
     Raises:
@@ -204,7 +203,7 @@ def uniform_plan(
         raise BadInput("a uniform plan needs a model whose layers are alike")
     if not 0.0 <= ratio < 1.0:
         raise BadInput(f"ratio {ratio} is not in [0, 1)")
-    if scope not in scopes_of(shape.family):
+    if scope not in scopes_of(shape):
         scope = "mlp"
     dense = shape.layers[0]
     if not 0 < align <= dense.neurons:
@@ -240,7 +239,7 @@ def uniform_plan(
         raise BadInput(
             f"ratio {ratio:.3f} is out of reach: heads and neurons leave in steps",
             remedy=f"the nearest that these widths reach is {nearest:.3f}"
-            + (f"; family {shape.family.name} keeps its heads" if shape.family.fixed_heads else ""),
+            + (f"; family {shape.family.name} keeps its heads" if shape.fixed_heads else ""),
         )
     layers = tuple(
         LayerPlan(*keep_heads(h, dense, left), top(n, left.neurons))

@@ -97,7 +97,7 @@ def prune(
     if not isinstance(model, Model):
         model = load(model, say=None if progress is None else lambda text: progress(text, 0, 0))
     family = model.shape.family
-    if scope not in scopes_of(family) and progress:
+    if scope not in scopes_of(model.shape) and progress:
         progress(
             f"family {family.name} keeps its heads (GGUF {family.gguf_arch} needs them all): neurons go alone", 0, 0
         )

@@ -13,11 +13,15 @@ import transformers
 from family_configs import TINY, family_of, save_tiny, tiny_module
 
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.export.widths import layer_shapes
+from edgeprune.gguf_checkpoint import gguf_to_folder
 from edgeprune.importance import amp_scores
 from edgeprune.models import load
 from edgeprune.plan import LayerPlan, PrunePlan
 from edgeprune.pruning import METHODS, plan_for
+from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.shape import shape_from_config
 from edgeprune.surgery import prune_checkpoint
 
@@ -112,5 +116,33 @@ def test_the_ratio_is_hit(name: str, tmp_path: Path) -> None:
     assert abs(plan.reached_ratio - 0.2) <= step
     if shape.family.fixed_heads:
         assert plan.scope == "mlp"
-        assert all(layer.heads == tuple(range(dense.heads)) for layer, dense in zip(plan.layers, shape.layers))
+        assert all(
+            layer.heads == tuple(range(dense.heads)) for layer, dense in zip(plan.layers, shape.layers, strict=True)
+        )
         assert plan.layers[0].widths.neurons < shape.layers[0].neurons
+
+
+def parity(folder: Path, path: Path) -> float:
+    """The largest difference of logits of the GGUF file at `path` to the folder's in torch, relative to the largest."""
+    length = min(IDS.shape[1], GgufFile(path).per_layer("context_length")[0])
+    expected = stock_logits(folder).numpy()[:length]
+    with LlamaCpp(path, n_ctx=128, threads=1, exact=True) as runtime:
+        found = runtime.forward(IDS[0, :length].tolist())
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gguf_gives_the_logits_of_torch(name: str, tmp_path: Path) -> None:
+    dense = save_tiny(tmp_path / "dense", name)
+    shape = Checkpoint(dense).shape
+    family = shape.family
+    plan = plan_of(dense, 0.15) if shape.fixed_heads else cut(dense)
+    pruned = prune_checkpoint(dense, plan, tmp_path / "pruned")
+    for folder in (dense, pruned):
+        path = write_gguf(folder, tmp_path / f"{folder.name}.gguf", dtype="F32")
+        assert parity(folder, path) < 1e-3
+        back = gguf_to_folder(path, tmp_path / f"{folder.name}-back")
+        torch.testing.assert_close(stock_logits(back), stock_logits(folder), rtol=1e-4, atol=1e-5)
+        own = GgufFile(path).architecture == family.gguf_arch and name.partition("-")[0] != "mistral"
+        assert not own or Checkpoint(back).shape.layers == Checkpoint(folder).shape.layers
+        assert not own or Checkpoint(back).shape.family == family
