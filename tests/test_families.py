@@ -20,6 +20,7 @@ from edgeprune.errors import BadInput
 from edgeprune.export.gguf_quantise import predicted_bytes, quantise, tensor_types
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.export.widths import layer_shapes
+from edgeprune.fetch import demo_model
 from edgeprune.gguf_checkpoint import gguf_to_folder
 from edgeprune.importance import amp_scores
 from edgeprune.models import load
@@ -29,6 +30,7 @@ from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.shape import shape_from_config
 from edgeprune.surgery import prune_checkpoint
+from edgeprune.tokenizer_proof import PROOF_TEXTS, prove_same_ids
 
 NAMES = list(TINY)
 IDS = torch.arange(1, 60)[None]
@@ -135,6 +137,14 @@ def test_the_ratio_is_hit(name: str, tiny: Tiny) -> None:
         assert plan.layers[0].widths.neurons < shape.layers[0].neurons
 
 
+def vocabulary(gguf: Path) -> dict[str, Any]:
+    """The tokenizer's metadata, arrays as lists."""
+    values = GgufFile(gguf).values("tokenizer.")
+    return {
+        key: each.value.tolist() if isinstance(each.value, np.ndarray) else each.value for key, each in values.items()
+    }
+
+
 def context_of(path: Path) -> int:
     """Tokens of `IDS` that the GGUF file at `path` is good for: no more than a window its architecture has not."""
     file = GgufFile(path)
@@ -236,3 +246,54 @@ def test_what_gguf_cannot_hold_is_told(case: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=message):
         write_gguf(folder, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.fixture(scope="module")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gguf_to_folder(demo_model("gemma3-270m"), tmp_path_factory.mktemp("gemma") / "folder")
+
+
+def tail_logits(path: Path, tokens: list[int], count: int, *, exact: bool) -> np.ndarray[Any, Any]:
+    """Logits of the last `count` tokens: all of them would be a gigabyte at this vocabulary."""
+    with LlamaCpp(path, n_ctx=1024, threads=2, exact=exact) as runtime:
+        runtime.forward(tokens[:-count], last_only=True)
+        return runtime.forward(tokens[-count:])
+
+
+def gemma_logits(folder: Path, path: Path) -> tuple[list[int], np.ndarray[Any, Any]]:
+    """A text longer than the window, and the last logits of the folder in torch; the GGUF file at `path` has the same."""
+    text = "\n".join(PROOF_TEXTS) * 2
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids[:600]
+    assert len(tokens) == 600 and tokens[0] == 2
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = module(torch.tensor([tokens]), logits_to_keep=16).logits[0].numpy()
+    found = tail_logits(path, tokens, 16, exact=True)
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+    return tokens, expected
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_gemma_270m_for_real(gemma_folder: Path, tmp_path: Path) -> None:
+    original = demo_model("gemma3-270m")
+    assert prove_same_ids(original, gemma_folder) > len(PROOF_TEXTS)
+    path = write_gguf(gemma_folder, tmp_path / "m.gguf", dtype="F32")
+    assert vocabulary(path) == vocabulary(original)
+    tokens, expected = gemma_logits(gemma_folder, path)
+    stock = tail_logits(original, tokens, 16, exact=False)
+    assert (stock.argmax(-1) == expected.argmax(-1)).mean() > 0.8
+    types = {name: info.type for name, info in GgufFile(original).tensors.items()}
+    assert types == tensor_types(Checkpoint(gemma_folder).shape, "Q4_K_M")
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_gemma_270m_pruned_for_real(gemma_folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(gemma_folder, 0.1, method="amp")
+    assert plan.layers[0].widths.neurons < 2048
+    folder = prune_checkpoint(gemma_folder, plan, tmp_path / "pruned")
+    gemma_logits(folder, write_gguf(folder, tmp_path / "m.gguf", dtype="F32"))
