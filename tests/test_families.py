@@ -261,7 +261,7 @@ def tail_logits(path: Path, tokens: list[int], count: int, *, exact: bool) -> np
 
 
 def gemma_logits(folder: Path, path: Path) -> tuple[list[int], np.ndarray[Any, Any]]:
-    """A text longer than the window, and the last logits of the folder in torch; the GGUF file at `path` has the same."""
+    """A text longer than the window, and its last logits in torch; those of the GGUF file at `path` are the same."""
     text = "\n".join(PROOF_TEXTS) * 2
     tokens = transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids[:600]
     assert len(tokens) == 600 and tokens[0] == 2
