@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,8 @@ from edgeprune.fetch import demo_model
 from edgeprune.gguf_checkpoint import gguf_to_folder
 from edgeprune.importance import amp_scores
 from edgeprune.models import load
-from edgeprune.plan import LayerPlan, PrunePlan
-from edgeprune.pruning import METHODS, plan_for
+from edgeprune.plan import LayerPlan, PrunePlan, keep_all
+from edgeprune.pruning import METHODS, plan_for, prune
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.shape import shape_from_config
@@ -208,6 +209,41 @@ def test_any_pattern_of_windows_is_carried(name: str, tmp_path: Path) -> None:
         path = write_gguf(folder, tmp_path / f"{count}.gguf", dtype="F32")
         assert parity(folder, path) < 1e-3
         assert Checkpoint(gguf_to_folder(path, tmp_path / "back")).shape.windows == Checkpoint(folder).shape.windows
+
+
+def test_newer_rope_words_of_each_kind_of_layer_are_read(tiny: Tiny, tmp_path: Path) -> None:
+    """transformers 5 writes one set of rotary parameters for each kind of layer."""
+    old = tiny("gemma3")
+    new = Path(shutil.copytree(old, tmp_path / "new"))
+    config = json.loads((new / "config.json").read_text())
+    config["rope_parameters"] = {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    for key in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
+        config.pop(key)
+    (new / "config.json").write_text(json.dumps(config))
+    shape = Checkpoint(new).shape
+    assert (shape.rope_theta, shape.local_rope_theta) == (5e5, 2e4)
+    assert shape.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    path = write_gguf(prune_checkpoint(new, keep_all(shape), tmp_path / "older"), tmp_path / "m.gguf", dtype="F32")
+    assert parity(tmp_path / "older", path) < 1e-3
+    assert (stock_logits(tmp_path / "older") - stock_logits(old)).abs().max() > 1e-2
+
+
+def test_prune_says_that_heads_stay(tiny: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The kettle sings before the water boils. " * 40)
+    said: list[str] = []
+
+    def progress(stage: str, _done: int, _total: int) -> None:
+        said.append(stage)
+
+    for name, told in (("phi", True), ("phi3", False)):
+        said.clear()
+        prune(tiny(name), 0.1, tmp_path / name, align=8, calibration=str(text), progress=progress)
+        assert any("keeps its heads" in each for each in said) is told
+        assert stock_logits(tmp_path / name).isfinite().all()
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
