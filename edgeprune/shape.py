@@ -86,6 +86,14 @@ class ModelShape:
         return self.local_rope_theta is not None and self.window(index) is not None
 
     @property
+    def fixed_heads(self) -> bool:
+        """Whether fewer heads would leave GGUF without an architecture for the model: uniform plans keep them all.
+
+        True of families that say so, and of partly rotated heads where the arch for fewer heads rotates whole ones.
+        """
+        return self.family.fixed_heads or (self.family.gguf_free_arch is not None and self.rotary_dim < self.head_dim)
+
+    @property
     def narrowest_window(self) -> int | None:
         """The smallest window of all layers; None where there is none."""
         return min((window for window in self.windows if window is not None), default=None)

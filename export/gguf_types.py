@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgeprune.errors import unknown
+from edgeprune.export.gguf_layout import OWN_HEAD, architecture
+from edgeprune.export.gguf_layout import Tensor as Tensor
+from edgeprune.export.gguf_layout import tensors as tensors
 from edgeprune.runtimes.gguf_file import BLOCKS, PARTS, part_of, tensor_bytes
 from edgeprune.shape import ModelShape
 
@@ -56,48 +59,6 @@ def quantisation(kind: str) -> Quantisation:
     return QUANTISATIONS[kind]
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of a GGUF file: its name and its row-major shape."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-def tensors(shape: ModelShape) -> list[Tensor]:
-    """The tensors of a llama model's GGUF file, in the order the writer puts them.
-
-    Biases are those the shape speaks of; `rope_freqs` is there for llama3's rotary scaling.
-    """
-    hidden = shape.hidden
-    found = [Tensor("token_embd.weight", (shape.vocab, hidden))]
-    if shape.rope_scaling and shape.rope_scaling.get("rope_type", shape.rope_scaling.get("type")) == "llama3":
-        found.append(Tensor("rope_freqs.weight", (shape.head_dim // 2,)))
-    for index, layer in enumerate(shape.layers):
-        query, kv, neurons = layer.heads * shape.head_dim, layer.kv_heads * shape.head_dim, layer.neurons
-        linear: tuple[tuple[str, int, int, bool], ...] = (
-            ("attn_q", query, hidden, shape.qkv_bias),
-            ("attn_k", kv, hidden, shape.qkv_bias),
-            ("attn_v", kv, hidden, shape.qkv_bias),
-            ("attn_output", hidden, query, shape.output_bias),
-            ("ffn_gate", neurons, hidden, shape.mlp_bias),
-            ("ffn_up", neurons, hidden, shape.mlp_bias),
-            ("ffn_down", hidden, neurons, shape.mlp_bias),
-        )
-        prefix = f"blk.{index}"
-        found += [Tensor(f"{prefix}.attn_norm.weight", (hidden,)), Tensor(f"{prefix}.ffn_norm.weight", (hidden,))]
-        for role, rows, columns, bias in linear:
-            if role == "ffn_gate" and not shape.family.gated:
-                continue
-            found.append(Tensor(f"{prefix}.{role}.weight", (rows, columns)))
-            if bias:
-                found.append(Tensor(f"{prefix}.{role}.bias", (rows,)))
-    found.append(Tensor("output_norm.weight", (hidden,)))
-    if not shape.tied:
-        found.append(Tensor("output.weight", (shape.vocab, hidden)))
-    return found
-
-
 def _more_bits(layer: int, layers: int) -> bool:
     """Layers the medium mixtures spend more on: the first and last eighth and every third between."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
@@ -113,7 +74,9 @@ def _value(kind: str, layer: int, shape: ModelShape) -> str:
         chosen = "Q5_K" if layer < 2 else "Q4_K"
     elif kind in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, layers):
         chosen = "Q6_K"
-    if layers == 80 and group > 1 and chosen in ("Q3_K", "Q4_K"):  # taken for the 70B model, whose v is an eighth of q
+    # Taken for one of the 70B models, whose v is an eighth of q.
+    seventy = layers == 80 and {"llama": group > 1, "qwen2": True}.get(architecture(shape), False)
+    if seventy and chosen in ("Q3_K", "Q4_K"):
         chosen = "Q5_K"
     return chosen
 
@@ -135,6 +98,7 @@ def _output(kind: str, _layer: int, _shape: ModelShape) -> str:
 
 _RULES: dict[str, Callable[[str, int, ModelShape], str]] = {
     "attn_v": _value,
+    "attn_qkv": _value,  # the quantiser takes it for v
     "attn_output": _output,
     "ffn_down": _down,
 }
@@ -147,7 +111,8 @@ def wanted_type(tensor: Tensor, shape: ModelShape, kind: str) -> str:
         return "F32"
     if base in ("F32", "F16"):
         return base
-    if tensor.name == "output.weight" or (tensor.name == "token_embd.weight" and shape.tied):
+    embedding_is_head = shape.tied and architecture(shape) not in OWN_HEAD
+    if tensor.name == "output.weight" or (tensor.name == "token_embd.weight" and embedding_is_head):
         return "Q8_0" if base == "Q8_0" else "Q6_K"
     if tensor.name.startswith("blk."):
         _, layer, role, _ = tensor.name.split(".")

@@ -1,7 +1,7 @@
 """Writes a Hugging Face folder as a GGUF file, tensor by tensor, for stock llama.cpp.
 
-The folder need not be one of ours. Architecture `llama` has one width for all layers; q and k are stored with their
-rotary pairs next to each other, where Hugging Face has halves.
+The folder need not be one of ours. `gguf_layout` knows what each family's architecture is made of. Architectures have
+one width for all layers; `llama` has q and k with their rotary pairs next to each other, where Hugging Face has halves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,20 @@ from numpy.typing import NDArray
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
 from edgeprune.errors import BadInput, missing_extra
-from edgeprune.export.gguf_types import QUANTISATIONS, Tensor, tensors
+from edgeprune.export.gguf_layout import (
+    ROTARY,
+    WINDOWED,
+    Source,
+    Tensor,
+    architecture,
+    biased,
+    paired_heads,
+    query_factor,
+    scaled_role,
+    source,
+    tensors,
+)
+from edgeprune.export.gguf_types import QUANTISATIONS
 from edgeprune.files import atomic_file
 from edgeprune.runtimes.gguf_file import GgufFile, Value, ValueType
 from edgeprune.shape import ModelShape, rotary_frequencies
@@ -27,19 +40,6 @@ try:
 except ImportError as error:
     raise missing_extra("gguf", "prune") from error
 
-ROTARY = "rope_freqs.weight"  # computed, not read
-# llama.cpp's tensor role -> the field of `Family` that names the module.
-ROLES = {
-    "attn_norm": "attention_norm",
-    "ffn_norm": "mlp_norm",
-    "attn_q": "query",
-    "attn_k": "key",
-    "attn_v": "value",
-    "attn_output": "output",
-    "ffn_gate": "gate",
-    "ffn_up": "up",
-    "ffn_down": "down",
-}
 # Of a source's `general.*` these describe the file, not the model.
 FILE_KEYS = {
     "general.architecture",
@@ -60,20 +60,6 @@ def unpermute(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     """The inverse of `permute`."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def module_name(tensor: str, shape: ModelShape) -> str:
-    """The name in a Hugging Face checkpoint of a llama.cpp tensor (not of `rope_freqs`, which has none)."""
-    family = shape.family
-    if tensor.startswith("blk."):
-        _, layer, role, suffix = tensor.split(".")
-        return f"{family.in_layer(int(layer), ROLES[role])}.{suffix}"
-    role, suffix = tensor.split(".")
-    return {
-        "token_embd": family.embedding,
-        "output_norm": family.final_norm,
-        "output": family.head,
-    }[role] + f".{suffix}"
 
 
 def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16") -> Path:
@@ -101,10 +87,11 @@ def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16")
     shape = checkpoint.shape
     if not shape.uniform:
         raise BadInput(
-            "layers have different widths, and GGUF architecture 'llama' carries one width for all",
+            f"layers have different widths, and GGUF architecture {shape.family.gguf_arch!r} carries one width for all",
             where=folder,
             remedy="prune with a uniform plan, or export to ONNX",
         )
+    arch = architecture(shape, where=folder)
     listing = _listing(checkpoint)
     metadata = {
         **_general(checkpoint),
@@ -112,7 +99,7 @@ def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16")
         **_tokenizer(checkpoint, out),
     }
     with atomic_file(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, shape.family.gguf_arch)
+        writer = gguf.GGUFWriter(temporary, arch)
         try:
             _put(writer, metadata)
             for tensor in listing:
@@ -169,24 +156,29 @@ def _listing(checkpoint: Checkpoint) -> list[Tensor]:
     for tensor in [tensor for tensor in listing if tensor.name.startswith("blk.") and len(tensor.shape) == 2]:
         # A bias the config does not speak of is still a bias: compensation may add one where there was none.
         bias = Tensor(tensor.name.removesuffix("weight") + "bias", tensor.shape[:1])
-        if bias.name not in listed and module_name(bias.name, shape) in checkpoint:
+        room = biased(tensor.name.split(".")[2], architecture(shape))
+        if room and bias.name not in listed and source(bias.name, shape).name in checkpoint:
             listing.append(bias)
+    known = {f"{shape.family.head}.weight"}  # beside a tied embedding it is a copy
     for tensor in listing:
         if tensor.name == ROTARY:
             continue
-        name = module_name(tensor.name, shape)
-        found = checkpoint.dimensions(name)
-        if found != tensor.shape:
+        place = source(tensor.name, shape)
+        found = checkpoint.dimensions(place.name)
+        expected = (tensor.shape[0] if place.of is None else place.of, *tensor.shape[1:])
+        if found != expected:
             raise BadInput(
-                f"tensor {name!r} has shape {found}, not {tensor.shape}",
+                f"tensor {place.name!r} has shape {found}, not {expected}",
                 where=checkpoint.folder,
                 remedy="the checkpoint does not match its config.json",
             )
-    known = {module_name(tensor.name, shape) for tensor in listing if tensor.name != ROTARY}
-    known.add(f"{shape.family.head}.weight")  # beside a tied embedding it is a copy
+        known.add(place.name)
     extra = [name for name in checkpoint.names if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise BadInput(f"tensor {extra[0]!r} has no place in a {shape.family.name} model", where=checkpoint.folder)
+        raise BadInput(
+            f"tensor {extra[0]!r} has no place in a {shape.family.name} model of architecture {architecture(shape)!r}",
+            where=checkpoint.folder,
+        )
     return listing
 
 
@@ -198,28 +190,35 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, dtype: str) -> NDArray[Any]:
     shape = checkpoint.shape
     if tensor.name == ROTARY:
         return rotary_factors(shape)
-    name = module_name(tensor.name, shape)
-    values = checkpoint.tensor(name)
-    if shape.family.permute_qk and ".attn_q." in tensor.name:
-        values = permute(values, shape.layers[0].heads)
-    elif shape.family.permute_qk and ".attn_k." in tensor.name:
-        values = permute(values, shape.layers[0].kv_heads)
+    place = source(tensor.name, shape)
+    values = _rows(checkpoint.tensor(place.name), place, tensor.shape[0])
+    role, suffix = tensor.name.split(".")[-2:]
+    if role.endswith("_norm") and suffix == "weight" and shape.family.norm_offset:
+        values = values + np.float32(shape.family.norm_offset)  # llama.cpp multiplies by the weight as it is
+    if role == scaled_role(shape) and (factor := query_factor(shape)) != 1.0:
+        values = values * np.float32(factor)
+    if heads := paired_heads(tensor.name, shape):
+        values = permute(values, heads)
     kind = _dtype(tensor, dtype)
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(values, dtype=kind)
     if not np.isfinite(converted).all():
         finite = bool(np.isfinite(values).all())
         raise BadInput(
-            f"tensor {name!r} has values {'that F16 cannot hold' if finite else 'that are not numbers'}",
+            f"tensor {place.name!r} has values {'that F16 cannot hold' if finite else 'that are not numbers'}",
             where=checkpoint.folder,
             remedy="write F32" if finite else "the checkpoint is damaged",
         )
     return converted
 
 
+def _rows(values: NDArray[Any], place: Source, count: int) -> NDArray[Any]:
+    return values if place.of is None else values[place.start : place.start + count]
+
+
 def rotary_factors(shape: ModelShape) -> NDArray[np.float32]:
-    """What llama.cpp divides the rotary frequencies by, (head_dim / 2,): plain frequencies over scaled ones."""
-    exponent = np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim
+    """What llama.cpp divides the rotary frequencies by, (rotary_dim / 2,): plain frequencies over scaled ones."""
+    exponent = np.arange(0, shape.rotary_dim, 2, dtype=np.float64) / shape.rotary_dim
     return (shape.rope_theta**-exponent / rotary_frequencies(shape)).astype(np.float32)
 
 
@@ -252,22 +251,29 @@ def _license(folder: Path) -> str | None:
 
 def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:
     shape = checkpoint.shape
-    arch, layer = shape.family.gguf_arch, shape.layers[0]
+    arch, layer = architecture(shape), shape.layers[0]
     whole: dict[str, int] = {
         "block_count": len(shape.layers),
-        "context_length": shape.max_positions,
+        "context_length": _context(shape, arch),
         "embedding_length": shape.hidden,
         "feed_forward_length": layer.neurons,
         "attention.head_count": layer.heads,
         "attention.head_count_kv": layer.kv_heads,
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
-        "rope.dimension_count": shape.head_dim,
+        "rope.dimension_count": shape.rotary_dim,
         "vocab_size": shape.vocab,
     }
     values = {f"{arch}.{key}": Value(value, ValueType.UINT32) for key, value in whole.items()}
-    values[f"{arch}.attention.layer_norm_rms_epsilon"] = Value(shape.norm_eps, ValueType.FLOAT32)
+    epsilon = "layer_norm_epsilon" if shape.family.norm == "layer" else "layer_norm_rms_epsilon"
+    values[f"{arch}.attention.{epsilon}"] = Value(shape.norm_eps, ValueType.FLOAT32)
     values[f"{arch}.rope.freq_base"] = Value(shape.rope_theta, ValueType.FLOAT32)
+    values |= {f"{arch}.{key}": value for key, value in _windows(shape, arch).items()}
+    caps = {
+        "attn_logit_softcapping": shape.attention_soft_cap,
+        "final_logit_softcapping": shape.logit_soft_cap,
+    }
+    values |= {f"{arch}.{key}": Value(cap, ValueType.FLOAT32) for key, cap in caps.items() if cap is not None}
     scaling = shape.rope_scaling
     # llama3's scaling is in the tensor `rope_freqs`; a type beside it would scale twice.
     if scaling and scaling.get("rope_type", scaling.get("type")) == "linear":
@@ -275,6 +281,31 @@ def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:
         values[f"{arch}.rope.scaling.factor"] = Value(float(scaling["factor"]), ValueType.FLOAT32)
     values["general.file_type"] = Value(QUANTISATIONS[dtype].file_type, ValueType.UINT32)
     values["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, ValueType.UINT32)
+    return values
+
+
+def _context(shape: ModelShape, arch: str) -> int:
+    """Positions the file is good for: where llama.cpp knows no window for `arch`, beyond it another model would run."""
+    if arch in WINDOWED or shape.narrowest_window is None:
+        return shape.max_positions
+    return min(shape.max_positions, shape.narrowest_window)
+
+
+def _windows(shape: ModelShape, arch: str) -> dict[str, Value]:
+    """Metadata of sliding windows, without the architecture's prefix; only what `arch` reads, and phi3 reports."""
+    window = shape.narrowest_window
+    if arch not in WINDOWED:
+        told = arch == "phi3" and window is not None
+        return {"attention.sliding_window": Value(window, ValueType.UINT32)} if told else {}
+    sliding = [shape.window(index) is not None for index in range(len(shape.layers))]
+    usual = shape.family.defaults["sliding_window_pattern"]
+    values = {}
+    if window is not None:
+        values["attention.sliding_window"] = Value(window, ValueType.UINT32)
+    if sliding != [(index + 1) % usual != 0 for index in range(len(sliding))]:  # which older readers take for granted
+        values["attention.sliding_window_pattern"] = Value(sliding, ValueType.ARRAY, ValueType.BOOL)
+    if shape.local_rope_theta is not None:
+        values["rope.freq_base_swa"] = Value(shape.local_rope_theta, ValueType.FLOAT32)
     return values
 
 
@@ -298,6 +329,6 @@ def _tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, Value]:
     # Proved on the vocabulary alone, before gigabytes of weights are written.
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".vocabulary.", dir=out.parent) as scratch:
-        trial = write_metadata(Path(scratch) / "vocabulary.gguf", checkpoint.shape.family.gguf_arch, values)
+        trial = write_metadata(Path(scratch) / "vocabulary.gguf", architecture(checkpoint.shape), values)
         prove_same_ids(trial, checkpoint.folder)
     return values
