@@ -22,9 +22,11 @@ from edgeprune.export.onnx_graph import export_onnx
 from edgeprune.export.onnx_types import predicted_bytes
 from edgeprune.export.widths import layer_shapes
 from edgeprune.families import Family
+from edgeprune.plan import LayerPlan, PrunePlan
 from edgeprune.runtimes.onnx_file import summary
 from edgeprune.runtimes.ort import OnnxRuntime
 from edgeprune.shape import LayerShape, ModelShape
+from edgeprune.surgery import prune_checkpoint
 
 TOKENS = np.random.default_rng(3).integers(1, 290, 60)  # longer than every window
 NAMES = list(TINY)
@@ -68,19 +70,6 @@ def assert_same_logits(out: Path, expected: NDArray[np.float32]) -> None:
     np.testing.assert_allclose(np.concatenate(pieces) / largest, expected[11:] / largest, atol=1e-5)
 
 
-def pruned_config(name: str) -> dict[str, Any]:
-    """Half of the heads and odd widths, as a uniform plan leaves them: heads · head_dim is not the hidden size."""
-    own = TINY[name][1]
-    grouped = own.get("num_key_value_heads", 2) == 2
-    size = CHANGES.get(name, own).get("head_dim", 16)
-    return {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1 if grouped else 2,
-        "intermediate_size": 100,
-        "head_dim": size,
-    }
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_fp32_logits_are_those_of_torch(make_tiny: MakeTiny, tmp_path: Path, name: str) -> None:
     folder = make_tiny(name)
@@ -89,15 +78,15 @@ def test_fp32_logits_are_those_of_torch(make_tiny: MakeTiny, tmp_path: Path, nam
 
 @pytest.mark.parametrize("name", NAMES)
 def test_so_they_are_of_a_uniformly_pruned_model(tmp_path: Path, name: str) -> None:
-    folder = save_tiny(tmp_path / "model", name, **pruned_config(name))
+    changes = {"head_dim": 16, **TINY[name][1], **CHANGES.get(name, {})}
+    source = save_tiny(tmp_path / "dense", name, **{**changes, "num_attention_heads": 8, "num_key_value_heads": 4})
+    kept = LayerPlan(kv_heads=(1, 3), heads=(2, 7), neurons=tuple(range(1, 128, 2))[:-3])
+    plan = PrunePlan((kept,) * len(Checkpoint(source).shape.layers), "hand", 0.0, 0.0, "", "")
+    folder = prune_checkpoint(source, plan, tmp_path / "pruned")
     out = export_onnx(folder, tmp_path / "onnx", precision="fp32")
     assert_same_logits(out, torch_logits(load(folder), TOKENS))
-    layer = summary(out).layers[-1]
-    assert (layer.heads, layer.kv_heads, layer.neurons) == layer_widths(Checkpoint(folder).shape.layers[-1])
-
-
-def layer_widths(layer: LayerShape) -> tuple[int, int, int]:
-    return layer.heads, layer.kv_heads, layer.neurons
+    assert {(layer.heads, layer.kv_heads, layer.neurons) for layer in summary(out).layers} == {(2, 2, 61)}
+    assert sum(predicted_bytes(Checkpoint(folder).shape, "fp32").values()) == stored_bytes(out)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -218,9 +207,8 @@ def test_layers_may_differ_and_lack_parts(make_tiny: MakeTiny, tmp_path: Path, n
     assert layer_shapes(Checkpoint(folder), pruned) == widths
     out = export_onnx(folder, tmp_path / "onnx", precision="fp32", shape=pruned)
     assert_same_logits(out, torch_logits(model, TOKENS))
-    assert [(w.heads, w.kv_heads, w.neurons) for w in summary(out).layers] == [
-        layer_widths(layer) for layer in widths if layer != LayerShape(0, 0, 0)
-    ]
+    seen = [LayerShape(w.heads, w.kv_heads, w.neurons or 0) for w in summary(out).layers]
+    assert seen == [layer for layer in widths if layer != LayerShape(0, 0, 0)]
     sequence = greedy(model, TOKENS[:7], 6)
     made = generated(out, TOKENS[:7], len(sequence))
     assert made == sequence[: len(made)]
