@@ -69,7 +69,7 @@ class Nodes:
         name = f"{path[1:]}.weight"
         if bits:
             return self.matmul_nbits(x, path, self.quantised(name, weight, bits), bits, (rows, columns), bias)
-        stored = self.store.add(name, weight.T.astype(self.precision.dtype, copy=False))
+        stored = self.rounded(name, weight.T)
         product = self.node("MatMul", [x, self.widened(stored, f"{path}/Cast")], name=f"{path}/MatMul")
         return product if bias is None else self.node("Add", [product, bias], name=f"{path}/Add")
 
@@ -107,6 +107,22 @@ class Nodes:
             self.store.add(f"{name}.scales", blocks.scales),
             None if zeros is None else self.store.add(f"{name}.zero_points", zeros),
         )
+
+    def rounded(self, name: str, weight: NDArray[np.float32]) -> ir.Value:
+        """Store a weight in the precision's number format.
+
+        Raises:
+            BadInput: values that the format cannot hold.
+        """
+        with np.errstate(over="ignore"):  # looked for just below
+            stored = weight.astype(self.precision.dtype, copy=False)
+        if stored is not weight and np.isinf(stored).any():
+            raise BadInput(
+                f"{name} has values that {stored.dtype} cannot hold",
+                where=self.checkpoint.folder,
+                remedy="export it as fp32 or int8",
+            )
+        return self.store.add(name, stored)
 
     def matmul_nbits(
         self,

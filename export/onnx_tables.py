@@ -33,7 +33,7 @@ class Tables:
         if self.bits:
             self._stored = nodes.quantised(self._name, table, self.bits)
         else:
-            self._stored = nodes.store.add(self._name, table.astype(nodes.precision.dtype, copy=False))
+            self._stored = nodes.rounded(self._name, table)
 
     def embed(self, ids: ir.Value) -> ir.Value:
         """Hidden states (batch, sequence, hidden) of token ids (batch, sequence), scaled where the family does."""

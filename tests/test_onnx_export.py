@@ -184,6 +184,9 @@ def test_what_cannot_be_exported_is_refused(make_llama: MakeLlama, tmp_path: Pat
         export_onnx(make_llama(head_dim=8), out, precision="fp32")
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: np.full_like(tensors[name], 1e5)}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=r"mlp/down\.weight has values that float16 cannot hold"):
+        export_onnx(folder, out, precision="fp16")
     save_file({**tensors, name: tensors[name][:, :-1].copy()}, folder / "model.safetensors")
     with pytest.raises(BadInput, match=r"gate_proj.weight is \(128, 64\), expected \(127, 64\)"):
         export_onnx(folder, out, precision="fp32")
