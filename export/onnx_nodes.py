@@ -115,7 +115,7 @@ class Nodes:
             BadInput: values that the format cannot hold.
         """
         with np.errstate(over="ignore"):  # looked for just below
-            stored = weight.astype(self.precision.dtype, copy=False)
+            stored: NDArray[Any] = weight.astype(self.precision.dtype, copy=False)
         if stored is not weight and np.isinf(stored).any():
             raise BadInput(
                 f"{name} has values that {stored.dtype} cannot hold",
