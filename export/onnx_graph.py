@@ -43,7 +43,8 @@ def export_onnx(
 
     Args:
         precision: a name in `PRECISIONS`.
-        shape: constants other than those of the folder's `config.json`; widths come from the tensors in any case.
+        shape: constants other than those of the folder's `config.json`, and which layers lack a part (a width of 0);
+            all other widths come from the tensors in any case.
         context: positions the rotary tables hold; default: the model's, at most `MAX_CONTEXT`.
 
     Raises:
