@@ -139,7 +139,7 @@ def _gemma_words(file: GgufFile, shape: ModelShape) -> dict[str, Any]:
         sliding = [pattern == 0 or (index + 1) % pattern != 0 for index in range(count)]
     else:
         raise BadInput(f"{arch}.attention.sliding_window_pattern is unusable", where=file.path)
-    some = window > 0 and any(sliding)
+    some = 0 < window < shape.max_positions and any(sliding)  # a window as wide as the context hides nothing
     caps = {"attn_logit_softcapping": "attention_soft_cap", "final_logit_softcapping": "logit_soft_cap"}
     theta = file.get(f"{arch}.rope.freq_base_swa", float, defaults.get("rope_local_base_freq"))
     return {

@@ -297,11 +297,13 @@ def _windows(shape: ModelShape, arch: str) -> dict[str, Value]:
     if arch not in WINDOWED:
         told = arch == "phi3" and window is not None
         return {"attention.sliding_window": Value(window, ValueType.UINT32)} if told else {}
+    if window is None:
+        # Arch gemma2 cannot do without; one as wide as the context hides nothing. Arch gemma3 can.
+        wide = Value(shape.max_positions, ValueType.UINT32)
+        return {"attention.sliding_window": wide} if arch == "gemma2" else {}
+    values = {"attention.sliding_window": Value(window, ValueType.UINT32)}
     sliding = [shape.window(index) is not None for index in range(len(shape.layers))]
     usual = shape.family.defaults["sliding_window_pattern"]
-    values = {}
-    if window is not None:
-        values["attention.sliding_window"] = Value(window, ValueType.UINT32)
     if sliding != [(index + 1) % usual != 0 for index in range(len(sliding))]:  # which older readers take for granted
         values["attention.sliding_window_pattern"] = Value(sliding, ValueType.ARRAY, ValueType.BOOL)
     if shape.local_rope_theta is not None:

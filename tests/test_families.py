@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ import transformers
 from family_configs import TINY, family_of, save_tiny, tiny_module
 
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.errors import BadInput
+from edgeprune.export.gguf_quantise import predicted_bytes, quantise, tensor_types
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.export.widths import layer_shapes
 from edgeprune.gguf_checkpoint import gguf_to_folder
@@ -28,6 +33,14 @@ from edgeprune.surgery import prune_checkpoint
 NAMES = list(TINY)
 IDS = torch.arange(1, 60)[None]
 
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The folder of an entry of `TINY`, saved once; not to be written to."""
+    return functools.cache(lambda name: save_tiny(tmp_path_factory.mktemp(name) / "dense", name))
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_real_class(name: str) -> None:
@@ -39,8 +52,8 @@ def test_parameters_are_those_of_the_real_class(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_table_names_every_tensor_of_the_real_class(name: str, tmp_path: Path) -> None:
-    checkpoint = Checkpoint(save_tiny(tmp_path / "model", name))
+def test_the_table_names_every_tensor_of_the_real_class(name: str, tiny: Tiny) -> None:
+    checkpoint = Checkpoint(tiny(name))
     family, shape = checkpoint.shape.family, checkpoint.shape
     roles = (*family.hidden_norms, *family.head_norms, *family.attention_inputs, "output", *family.mlp_inputs, "down")
     known = {family.in_layer(i, role) for i in range(len(shape.layers)) for role in roles}
@@ -97,8 +110,8 @@ def cut(folder: Path, seed: int = 3) -> PrunePlan:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pruned_equals_masked_dense_in_stock_transformers(name: str, tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "dense", name, num_attention_heads=8, num_key_value_heads=4)
+def test_pruned_equals_masked_dense_in_stock_transformers(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(name)
     for count, plan in enumerate((plan_of(source, 0.15, method="amp"), cut(source))):
         out = prune_checkpoint(source, plan, tmp_path / f"pruned{count}")
         torch.testing.assert_close(stock_logits(out), masked_logits(source, plan), rtol=1e-4, atol=1e-5)
@@ -108,8 +121,8 @@ def test_pruned_equals_masked_dense_in_stock_transformers(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_ratio_is_hit(name: str, tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "dense", name)
+def test_the_ratio_is_hit(name: str, tiny: Tiny) -> None:
+    source = tiny(name)
     shape = Checkpoint(source).shape
     plan = plan_of(source, 0.2, method="amp")
     step = 8 * (len(shape.layers) * (3 if shape.family.gated else 2) * shape.hidden + 10) / shape.parameters
@@ -138,8 +151,8 @@ def parity(folder: Path, path: Path) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gguf_gives_the_logits_of_torch(name: str, tmp_path: Path) -> None:
-    dense = save_tiny(tmp_path / "dense", name)
+def test_gguf_gives_the_logits_of_torch(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    dense = tiny(name)
     shape = Checkpoint(dense).shape
     family = shape.family
     plan = plan_of(dense, 0.15) if shape.fixed_heads else cut(dense)
@@ -153,3 +166,73 @@ def test_gguf_gives_the_logits_of_torch(name: str, tmp_path: Path) -> None:
         own = GgufFile(path).architecture == family.gguf_arch and name.partition("-")[0] != "mistral"
         assert not own or Checkpoint(back).shape.layers == Checkpoint(folder).shape.layers
         assert not own or Checkpoint(back).shape.family == family
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_types_are_as_predicted(name: str, tmp_path: Path) -> None:
+    # Twelve layers, so that the mixtures' rules for the first and last of them apply; rows of whole blocks of 256.
+    widths = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 256}
+    folder = save_tiny(tmp_path / "dense", name, num_hidden_layers=12, **widths)
+    shape = Checkpoint(folder).shape
+    source = write_gguf(folder, tmp_path / "f16.gguf")
+    for kind in ("F16", "Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q3_K_M", "Q2_K"):
+        file = GgufFile(quantise(source, tmp_path / "q.gguf", kind=kind, threads=1))
+        assert {tensor: info.type for tensor, info in file.tensors.items()} == tensor_types(shape, kind), kind
+        assert file.bytes_by_part() == predicted_bytes(shape, kind), kind
+
+
+@pytest.mark.slow
+def test_the_scale_that_llama_cpp_gives_the_largest_gemmas_is_made_up_for(tmp_path: Path) -> None:
+    for name, layers in (("gemma2", 46), ("gemma3", 62)):
+        folder = save_tiny(tmp_path / name, name, num_hidden_layers=layers, intermediate_size=32)
+        path = write_gguf(folder, tmp_path / f"{name}.gguf", dtype="F32")
+        assert parity(folder, path) < 5e-3  # ggml rounds GELU to half precision, layer after layer
+        assert Checkpoint(gguf_to_folder(path, tmp_path / "back")).shape.query_scalar == 64 // 4
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_any_pattern_of_windows_is_carried(name: str, tmp_path: Path) -> None:
+    for count, kinds in enumerate((["full", "full", "sliding"], ["full"] * 3, ["sliding"] * 3)):
+        kinds = [f"{kind}_attention" for kind in kinds]
+        folder = save_tiny(tmp_path / f"{count}", name, num_hidden_layers=3, layer_types=kinds)
+        path = write_gguf(folder, tmp_path / f"{count}.gguf", dtype="F32")
+        assert parity(folder, path) < 1e-3
+        assert Checkpoint(gguf_to_folder(path, tmp_path / "back")).shape.windows == Checkpoint(folder).shape.windows
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "longrope": ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rotary scaling 'longrope'"),
+    "phi's q and k norms": ("phi", {"qk_layernorm": True}, "qk_layernorm"),
+    "images": ("gemma3", {"model_type": "gemma3"}, "images"),
+    "both directions": ("gemma3", {"use_bidirectional_attention": True}, "both directions"),
+    "another activation": ("gemma2", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
+    "odd rotary part": ("phi", {"partial_rotary_factor": 0.2}, "partial_rotary_factor"),
+    "layer types": ("gemma2", {"layer_types": ["sliding_attention"]}, "layer_types"),
+    "window": ("mistral", {"sliding_window": "wide"}, "sliding_window"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_config_may_not_say(case: str, tiny: Tiny) -> None:
+    name, changes, message = REFUSED[case]
+    with pytest.raises(BadInput, match=message):
+        shape_from_config(Checkpoint(tiny(name)).config | changes)
+
+
+UNHELD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "phi with fewer heads": ("phi", {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}, "scope mlp"),
+    "gemma2 without caps": ("gemma2", {"attn_logit_softcapping": None}, "no soft cap"),
+    "gemma2 with a head": ("gemma2", {"tie_word_embeddings": False}, "not tied"),
+    "gemma3 with a cap": ("gemma3", {"attn_logit_softcapping": 50.0}, "has a soft cap"),
+    "qwen3 with output bias": ("qwen3", {"attention_bias": True}, "biases other"),
+}
+
+
+@pytest.mark.parametrize("case", UNHELD)
+def test_what_gguf_cannot_hold_is_told(case: str, tmp_path: Path) -> None:
+    name, changes, message = UNHELD[case]
+    folder = save_tiny(tmp_path / "model", name, **changes)
+    stock_logits(folder)  # transformers holds them all
+    with pytest.raises(BadInput, match=message):
+        write_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
