@@ -1,7 +1,8 @@
 """Importance matrices in llama.cpp's own file format: the mean square of what each weight's columns are multiplied by.
 
 The quantiser weighs the error of a weight by it. A file holds, for each tensor NAME, `NAME.in_sum2` (sums of squares
-over tokens, a column each) and `NAME.counts` (the number of tokens): what llama-imatrix writes and llama-quantize reads.
+over tokens, a column each) and `NAME.counts` (the number of tokens): what llama-imatrix writes and llama-quantize
+reads.
 """
 
 from __future__ import annotations

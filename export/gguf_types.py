@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edgeprune.errors import BadInput, unknown
@@ -31,6 +31,7 @@ __all__ = [
     "TENSOR_TYPES",
     "Traits",
     "alignment",
+    "canonical",
     "fallbacks",
     "needing_imatrix",
     "predicted_bytes",
@@ -49,12 +50,11 @@ TENSOR_TYPES = tuple(
 # What takes the place of a type whose blocks of 256 (or 64) do not fill a row; all have blocks of 32.
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _FALLBACK |= dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0")
-_FALLBACK |= dict.fromkeys(
-    ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"
-)
+_FALLBACK |= dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL")
 
 # What a tensor is called in the name of a quantisation, where that is not its name in the file.
 _SHORT = {"embed": "token_embd", "head": "output"}
+_ROLES = (*_SHORT, "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Recipe:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of a quantisation's name: a mixture, then a colon and options with commas between.
+    """The recipe of a quantisation's name: a mixture, then a colon and options with commas between, in any case.
 
     Options are `imatrix` and ROLE=TYPE, where the role is one of llama.cpp's ("attn_v", "ffn_down"), "embed" or
     "head". The head of a tied model is its embedding: either name is that tensor. Examples: `Q4_K_M`,
@@ -99,19 +99,37 @@ def recipe(name: str) -> Recipe:
     Raises:
         BadInput: an unknown mixture, type or option.
     """
-    kind, _, options = name.partition(":")
-    types: list[tuple[str, str]] = []
-    imatrix = False
-    for option in options.split(",") if options else ():
+    kind, *options = canonical(name).replace(":", ",").split(",")
+    types = [tuple(option.split("=")) for option in options if "=" in option]
+    patterns = tuple((rf"(^|\.){_SHORT.get(role, role)}\.weight$", type_name) for role, type_name in types)
+    return Recipe(kind, "imatrix" in options, patterns)
+
+
+def canonical(name: str) -> str:
+    """The name of a quantisation as it is always written: see `recipe`. One recipe by role has one name.
+
+    Raises:
+        BadInput: as `recipe`.
+    """
+    kind, colon, rest = name.partition(":")
+    kinds = {each.lower(): each for each in QUANTISATIONS}
+    if kind.lower() not in kinds:
+        raise unknown("quantisation", kind, QUANTISATIONS)
+    kind = kinds[kind.lower()]
+    options = [option.strip().lower() for option in rest.split(",")] if colon else []
+    chosen: dict[str, str] = {}
+    for option in options:
         role, given, type_name = option.partition("=")
-        if not given and role == "imatrix":
-            imatrix = True
-            continue
-        known = (*_SHORT, "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-        if not given or role not in known:
-            raise unknown(f"option of {kind}:", option, ("imatrix", *(f"{each}=TYPE" for each in known)))
-        types.append((rf"(^|\.){_SHORT.get(role, role)}\.weight$", type_name))
-    return Recipe(kind, imatrix, tuple(types))
+        if option != "imatrix" and (not given or role not in _ROLES):
+            raise unknown(f"option of {kind}:", option, ("imatrix", *(f"{each}=TYPE" for each in _ROLES)))
+        if role in chosen:
+            raise BadInput(f"{kind}: {role} is given twice", remedy="name it once")
+        if given and type_name.upper() not in TENSOR_TYPES:
+            raise unknown("tensor type", type_name, TENSOR_TYPES)
+        chosen[role] = type_name.upper()
+    ordered = [f"{role}={chosen[role]}" for role in _ROLES if role in chosen]
+    ordered += ["imatrix"] if "imatrix" in chosen else []
+    return f"{kind}:{','.join(ordered)}" if ordered else kind
 
 
 # Weights whose rows are as long as what pruning shortens, as they are called in the first layer.
