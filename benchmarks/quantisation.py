@@ -36,7 +36,16 @@ from edgeprune.errors import NothingFits
 from edgeprune.export.gguf_imatrix import ImportanceMatrix
 from edgeprune.export.gguf_quantise import quantise
 from edgeprune.export.gguf_rows import best_q2_0, dequantise_rows, quantise_rows
-from edgeprune.export.gguf_types import Recipe, needing_imatrix, predicted_bytes, recipe, tensors
+from edgeprune.export.gguf_types import (
+    QUANTISATIONS,
+    TENSOR_TYPES,
+    Recipe,
+    needing_imatrix,
+    predicted_bytes,
+    recipe,
+    tensor_types,
+    tensors,
+)
 from edgeprune.export.gguf_writer import permute, write_gguf
 from edgeprune.files import cache_dir, write_json
 from edgeprune.imatrix import cached_importance_matrix
@@ -48,14 +57,13 @@ from edgeprune.runtimes.gguf_file import BLOCKS, GgufFile, tensor_bytes
 from edgeprune.sensitivity import fisher_diagonal
 from edgeprune.shape import ModelShape
 
-KINDS = ["Q8_0", "Q6_K", "Q5_1", "Q5_K_M", "Q5_K_S", "Q5_0", "Q4_1", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_0"]
+KINDS = tuple(kind for kind in QUANTISATIONS if kind not in ("F32", "F16", "TQ2_0", "TQ1_0"))
 EMBEDDINGS = ("Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "Q4_0", "MXFP4", "Q2_0")
 EMBEDDED = ("Q4_K_M", "Q4_0", "IQ4_NL", "IQ3_XXS", "IQ2_XXS")  # mixtures measured with each of them
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45)  # of the bytes per token of dense Q4_0
-STEP = 8  # every how many rows of a layer's weight are quantised to learn a type's damage; an embedding's: 6 times it
-STOCK = tuple(
-    ["Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "MXFP4", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
-)
+STEP = 24  # every how many rows of a layer's weight are quantised to learn a type's damage
+# Types that a single tensor may get. Not F16, NVFP4 and the ternary ones: others are smaller and better.
+STOCK = tuple(kind for kind in TENSOR_TYPES if kind not in ("F32", "F16", "BF16", "Q2_0", "TQ1_0", "TQ2_0"))
 
 
 def per_token(shape: ModelShape, kind: str | Recipe) -> int:
@@ -165,7 +173,7 @@ def damages(
     for tensor in tensors(shape):
         if len(tensor.shape) < 2:
             continue
-        step = STEP if tensor.name.startswith("blk.") else 6 * STEP
+        step = STEP if tensor.name.startswith("blk.") else 4 * STEP  # an embedding has very many rows
         some = np.asarray(values[tensor.name][::step], dtype=np.float32)
         weight = np.asarray(fisher[tensor.name][::step])
         importance = matrix.values.get(tensor.name)
@@ -207,8 +215,6 @@ def mixed(bench: Bench, shares: list[float], texts: int) -> None:
 
 
 def _weights(shape: ModelShape, kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    from edgeprune.export.gguf_types import tensor_types
-
     types = tensor_types(shape, kind)
     return [(types[t.name], t.shape) for t in tensors(shape) if len(t.shape) > 1]
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from edgeprune.calibration import TextSet
+from edgeprune.calibration import TextSet, text_set
 from edgeprune.errors import BadInput
 from edgeprune.export.gguf_imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from edgeprune.export.gguf_types import tensors
 from edgeprune.export.gguf_writer import module_name
 from edgeprune.files import cache_dir
 from edgeprune.importance import Progress, batches, input_hooks, text_hash
-from edgeprune.models import Model
+from edgeprune.models import Model, load
 
 SCHEMA_VERSION = 1
+TEXTS, LENGTH = 64, 256  # of calibration: means of squares settle with far fewer tokens than there are columns
 _TOKENS_AT_ONCE = 4096  # as many as fill the matrix units
 
 
@@ -87,3 +89,26 @@ def cached_importance_matrix(model: Model, texts: TextSet, *, progress: Progress
         return read_imatrix(path)
     matrix = importance_matrix(model, texts.ids, source=texts.source, progress=progress)
     return read_imatrix(write_imatrix(matrix, path))  # as a later run will see it
+
+
+def provide_imatrix(
+    folder: Path, out: Path, *, calibration: str | None = None, seed: int = 0, progress: Progress | None = None
+) -> Path:
+    """Write to `out` the importance matrix of the checkpoint in `folder`, for targets whose name says `imatrix`.
+
+    Args:
+        folder: Hugging Face format; a pruned model needs a matrix of its own, since other inputs reach its weights.
+        out: the GGUF file to write; `targets.IMATRIX` in the scratch folder of an export. One that is there already
+            is kept.
+        calibration: a text file or hub dataset; None lets the model write its own.
+        seed: of self-generated text.
+        progress: called with tokens done and all.
+
+    Raises:
+        BadInput: a folder or a text that cannot be read.
+    """
+    if not out.exists():
+        model = load(folder)
+        texts = text_set(model, calibration, count=TEXTS, length=LENGTH, seed=seed)
+        write_imatrix(cached_importance_matrix(model, texts, progress=progress), out)
+    return out

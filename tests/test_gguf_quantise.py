@@ -33,7 +33,7 @@ from edgeprune.export.gguf_types import (
 )
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.families import FAMILIES
-from edgeprune.imatrix import cached_importance_matrix, importance_matrix
+from edgeprune.imatrix import cached_importance_matrix, importance_matrix, provide_imatrix
 from edgeprune.models import Model
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import LayerShape, ModelShape
@@ -300,13 +300,15 @@ def test_a_target_with_a_matrix_is_exported(tiny: Model, tiny_folder: Path, tmp_
     export = FORMATS["gguf"].export
     with pytest.raises(BadInput, match="needs an importance matrix"):
         export(tiny_folder, tmp_path / "q.gguf", target.quantisation, tmp_path, 1)
-    write_imatrix(flat_matrix(tiny.shape), tmp_path / IMATRIX)
+    provide_imatrix(tiny_folder, tmp_path / IMATRIX, calibration=str(sample_text(tmp_path)))
     out = export(tiny_folder, tmp_path / "q.gguf", target.quantisation, tmp_path, 1)
     assert GgufFile(out).bytes_by_part() == target.format.parts(tiny.shape, target.quantisation)
-    # A name that does not say so gets none, so that what was told stays true; then the quantiser may refuse.
-    needing = make_aligned(tiny.shape)
-    assert needing_imatrix(needing, "IQ2_XXS")
+    assert read_imatrix(tmp_path / IMATRIX).model_hash == tiny.hash
 
 
-def make_aligned(shape: ModelShape) -> ModelShape:
-    return replace(shape, hidden=256)
+def test_some_types_need_a_matrix(tiny: Model) -> None:
+    aligned = replace(tiny.shape, hidden=256)
+    assert not needing_imatrix(tiny.shape, "IQ3_XS")  # rows of 64 get IQ4_NL, which needs none
+    assert "blk.0.attn_q.weight" in needing_imatrix(aligned, "IQ3_XS")
+    assert "token_embd.weight" not in needing_imatrix(aligned, "IQ2_XXS:embed=IQ2_XXS")
+    assert needing_imatrix(aligned, "Q2_K_S") and not needing_imatrix(aligned, "Q2_K")
