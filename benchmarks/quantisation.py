@@ -76,7 +76,7 @@ def mixtures(shape: ModelShape, embeddings: bool) -> list[str]:
     part = "embed" if shape.tied else "head"
     names = [f"{kind}:imatrix" for kind in KINDS]
     if embeddings:
-        names += [f"{kind}:{part}={each},imatrix" for each in EMBEDDINGS for kind in EMBEDDED]
+        names += [f"{kind}:{part}={each}:imatrix" for each in EMBEDDINGS for kind in EMBEDDED]
     names += [kind for kind in KINDS if not needing_imatrix(shape, kind)]
     return names
 

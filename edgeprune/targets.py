@@ -139,6 +139,11 @@ class Target:
         """The runtime that loads the result."""
         return self.format.runtime
 
+    @property
+    def mixture(self) -> str:
+        """The quantisation without its options: what its speed is published under."""
+        return self.quantisation.partition(":")[0]
+
     def __str__(self) -> str:
         return f"{self.quantisation} on {self.runtime}"
 
@@ -146,7 +151,7 @@ class Target:
 def target_for(quantisation: str, *, formats: Mapping[str, Format] = FORMATS) -> Target:
     """The target of a quantisation's name, whatever its case; names are unique over the formats.
 
-    A GGUF quantisation may have options: `Q4_0:embed=IQ4_NL,imatrix` (`gguf_types.recipe`).
+    A GGUF quantisation may have options: `Q4_0:embed=IQ4_NL:imatrix` (`gguf_types.recipe`).
 
     Raises:
         BadInput: no format has it, or an option is unknown; the message names the nearest and all of them.

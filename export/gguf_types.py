@@ -90,16 +90,16 @@ class Recipe:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of a quantisation's name: a mixture, then a colon and options with commas between, in any case.
+    """The recipe of a quantisation's name: a mixture and options with colons between, in any case.
 
     Options are `imatrix` and ROLE=TYPE, where the role is one of llama.cpp's ("attn_v", "ffn_down"), "embed" or
     "head". The head of a tied model is its embedding: either name is that tensor. Examples: `Q4_K_M`,
-    `Q4_0:imatrix`, `Q4_0:embed=IQ4_NL,attn_v=Q5_0`.
+    `Q4_0:imatrix`, `Q4_0:embed=IQ4_NL:attn_v=Q5_0`.
 
     Raises:
         BadInput: an unknown mixture, type or option.
     """
-    kind, *options = canonical(name).replace(":", ",").split(",")
+    kind, *options = canonical(name).split(":")
     types = [tuple(option.split("=")) for option in options if "=" in option]
     patterns = tuple((rf"(^|\.){_SHORT.get(role, role)}\.weight$", type_name) for role, type_name in types)
     return Recipe(kind, "imatrix" in options, patterns)
@@ -111,14 +111,13 @@ def canonical(name: str) -> str:
     Raises:
         BadInput: as `recipe`.
     """
-    kind, colon, rest = name.partition(":")
+    kind, *options = name.split(":")
     kinds = {each.lower(): each for each in QUANTISATIONS}
     if kind.lower() not in kinds:
         raise unknown("quantisation", kind, QUANTISATIONS)
     kind = kinds[kind.lower()]
-    options = [option.strip().lower() for option in rest.split(",")] if colon else []
     chosen: dict[str, str] = {}
-    for option in options:
+    for option in map(str.lower, options):
         role, given, type_name = option.partition("=")
         if option != "imatrix" and (not given or role not in _ROLES):
             raise unknown(f"option of {kind}:", option, ("imatrix", *(f"{each}=TYPE" for each in _ROLES)))
@@ -128,8 +127,7 @@ def canonical(name: str) -> str:
             raise unknown("tensor type", type_name, TENSOR_TYPES)
         chosen[role] = type_name.upper()
     ordered = [f"{role}={chosen[role]}" for role in _ROLES if role in chosen]
-    ordered += ["imatrix"] if "imatrix" in chosen else []
-    return f"{kind}:{','.join(ordered)}" if ordered else kind
+    return ":".join([kind, *ordered, *(["imatrix"] if "imatrix" in chosen else [])])
 
 
 # Weights whose rows are as long as what pruning shortens, as they are called in the first layer.

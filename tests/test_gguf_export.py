@@ -308,7 +308,7 @@ def test_aligned_widths_never_fall_back(kind: str, hidden: int, kv_heads: int, g
 
 def test_quantise_refuses(make_llama: MakeLlama, tmp_path: Path) -> None:
     source = write_gguf(make_llama(), tmp_path / "f16.gguf")
-    with pytest.raises(BadInput, match="did you mean 'Q4_K_M'"):
+    with pytest.raises(BadInput, match="did you mean 'Q4_K_S'"):
         quantise(source, tmp_path / "q.gguf", kind="q4_k", threads=1)
     small = quantise(source, tmp_path / "q8.gguf", kind="Q8_0", threads=1)
     with pytest.raises(BadInput, match="already quantised"):

@@ -173,7 +173,7 @@ def test_embedding_and_head_of_a_tied_model_are_one(make_llama: MakeLlama, tmp_p
     folder = make_llama()
     shape = Checkpoint(folder).shape
     source = write_gguf(folder, tmp_path / "full.gguf", dtype="F32")
-    for name in ("Q8_0:embed=Q4_0", "Q8_0:head=Q4_0", "Q8_0:embed=Q4_0,head=Q4_0"):
+    for name in ("Q8_0:embed=Q4_0", "Q8_0:head=Q4_0", "Q8_0:embed=Q4_0:head=Q4_0"):
         out = quantise(source, tmp_path / "q.gguf", kind=name, threads=1)
         assert written_types(out) == tensor_types(shape, name)
         assert written_types(out)["token_embd.weight"] == "Q4_0"
@@ -184,16 +184,16 @@ def test_embedding_and_head_of_a_tied_model_are_one(make_llama: MakeLlama, tmp_p
 
 def test_names_of_recipes() -> None:
     assert recipe("Q4_0") == Recipe("Q4_0")
-    assert canonical("q4_0:IMATRIX,Embed=iq4_nl") == "Q4_0:embed=IQ4_NL,imatrix"
+    assert canonical("q4_0:IMATRIX:Embed=iq4_nl") == "Q4_0:embed=IQ4_NL:imatrix"
     assert recipe("iq2_xxs:imatrix").imatrix
     assert target_for("q4_0:head=q5_0").quantisation == "Q4_0:head=Q5_0"
     assert target_for("q4_0").quantisation == "Q4_0"
     for name, message in (
-        ("Q4_K", "did you mean 'Q4_K_M'"),
+        ("Q4_K", "did you mean 'Q4_K_S'"),
         ("Q4_0:", "unknown option"),
         ("Q4_0:embed", "unknown option"),
         ("Q4_0:embed=Q4", "unknown tensor type"),
-        ("Q4_0:embed=Q4_0,embed=Q5_0", "twice"),
+        ("Q4_0:embed=Q4_0:embed=Q5_0", "twice"),
         ("Q4_0:brain=Q4_0", "unknown option"),
         ("int4:embed=Q4_0", "unknown quantisation"),
     ):
@@ -212,7 +212,7 @@ def test_names_of_recipes() -> None:
 )
 def test_a_recipe_has_one_name(kind: str, types: dict[str, str], with_imatrix: bool) -> None:
     options = [f"{role}={type_name}" for role, type_name in types.items()] + ["imatrix"] * with_imatrix
-    name = canonical(f"{kind}:{','.join(options)}" if options else kind)
+    name = canonical(":".join([kind, *options]))
     assert canonical(name) == canonical(name.lower()) == name
     assert recipe(name).imatrix == with_imatrix
     assert len(recipe(name).types) == len(types)
