@@ -40,6 +40,7 @@ from edgeprune.export.gguf_types import (
     QUANTISATIONS,
     TENSOR_TYPES,
     Recipe,
+    Tensor,
     needing_imatrix,
     predicted_bytes,
     recipe,
@@ -170,9 +171,7 @@ def damages(
     damage: dict[str, dict[str, float]] = {}
     size: dict[str, dict[str, int]] = {}
     values = {tensor.name: tensor.data for tensor in GGUFReader(full).tensors}
-    for tensor in tensors(shape):
-        if len(tensor.shape) < 2:
-            continue
+    for tensor in _chosen(shape):
         step = STEP if tensor.name.startswith("blk.") else 4 * STEP  # an embedding has very many rows
         some = np.asarray(values[tensor.name][::step], dtype=np.float32)
         weight = np.asarray(fisher[tensor.name][::step])
@@ -196,7 +195,8 @@ def mixed(bench: Bench, shares: list[float], texts: int) -> None:
     if not table.exists():
         write_json(table, damages(bench.full, shape, bench.fisher(texts), bench.matrix))
     damage, size = json.loads(table.read_text())
-    skeleton = per_token(shape, "Q4_0") - sum(tensor_bytes(t, s) for t, s in _weights(shape, "Q4_0"))
+    dense = tensor_types(shape, "Q4_0")
+    skeleton = per_token(shape, "Q4_0") - sum(tensor_bytes(dense[t.name], t.shape) for t in _chosen(shape))
     for own in (False, True):
         kinds = {name: {k: d for k, d in each.items() if own or k != "Q2_0"} for name, each in damage.items()}
         for share in shares:
@@ -214,9 +214,10 @@ def mixed(bench: Bench, shares: list[float], texts: int) -> None:
             bench.rows[name]["expected_kl"] = sum(kinds[tensor][kind] for tensor, kind in types.items())
 
 
-def _weights(shape: ModelShape, kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    types = tensor_types(shape, kind)
-    return [(types[t.name], t.shape) for t in tensors(shape) if len(t.shape) > 1]
+def _chosen(shape: ModelShape) -> list[Tensor]:
+    """The weights whose types are chosen: all but an embedding of which a token reads one row."""
+    weights = [tensor for tensor in tensors(shape) if len(tensor.shape) > 1]
+    return [tensor for tensor in weights if shape.tied or tensor.name != "token_embd.weight"]
 
 
 def envelope(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
