@@ -1,0 +1,237 @@
+"""The vocabulary plan: which tokens a model keeps, and the text that was counted to decide it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
+from edgeprune.errors import BadInput
+from edgeprune.files import read_json, write_json
+from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.shape import ModelShape
+from edgeprune.vocabulary import BpeVocabulary, Counts, keep_tokens, passed_on, read_vocabulary, smallest
+from edgeprune.vocabulary_counts import TokenCounts, corpus, count_tokens
+from edgeprune.vocabulary_tokenizer import gguf_fixed, special_ids_of
+
+PLAN_FILE = "vocabulary_plan.json"
+SCHEMA_VERSION = 1
+# Rows of the head are computed in groups by every runtime's fast kernels, and quantised in blocks when transposed.
+MULTIPLE = 32
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class VocabularyPlan:
+    """Which ids a model keeps, in the numbering of the model it was made for."""
+
+    kept: tuple[int, ...]  # ascending
+    size_before: int  # rows of the embedding
+    reached_ratio: float  # share of all parameters that goes
+    longer: float  # tokens for the counted text after over before, as the counts tell it
+    corpus: str  # SHA-256 of the text counted
+    corpus_files: tuple[str, ...]
+    corpus_tokens: int
+    corpus_bytes: int
+    counts: str  # SHA-256 of the counts that decided
+    expectation_tokens: int  # tokens of that text on which the model's own expectation was taken; 0: counts alone
+    tokenizer: str  # SHA-256 of the tokenizer.json it is for
+
+    @property
+    def size(self) -> int:
+        """Rows of the embedding after."""
+        return len(self.kept)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data; ids that follow one another are written as one run, "first-last"."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "kept": _runs(self.kept)}
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> VocabularyPlan:
+        """Read a plan.
+
+        Raises:
+            BadInput: no plan of this version, or ids out of order or range.
+        """
+        value = read_json(path)
+        remedy = "make the plan again"
+        if value.pop("schema_version", None) != SCHEMA_VERSION:
+            raise BadInput("not a vocabulary plan of this version", where=path, remedy=remedy)
+        try:
+            size = int(value["size_before"])
+            plan = cls(**{**value, "kept": _ids(value["kept"], size), "corpus_files": tuple(value["corpus_files"])})
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise BadInput(f"not a vocabulary plan ({error})", where=path, remedy=remedy) from error
+        return plan
+
+    def counted_on(self) -> str:
+        """One line for reports: on what text the choice rests."""
+        files = ", ".join(self.corpus_files[:4]) + (" …" if len(self.corpus_files) > 4 else "")
+        return f"counted on {self.corpus_tokens:,} tokens ({self.corpus_bytes / 1e6:.1f} MB) of {files}"
+
+
+def _runs(kept: Sequence[int]) -> list[str]:
+    ids = np.asarray(kept, dtype=np.int64)
+    ends = np.flatnonzero(np.diff(ids) != 1)
+    first, last = ids[np.concatenate([[0], ends + 1])], ids[np.concatenate([ends, [len(ids) - 1]])]
+    return [str(a) if a == b else f"{a}-{b}" for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+
+
+def _ids(runs: Sequence[str], size: int) -> tuple[int, ...]:
+    ids: list[int] = []
+    for run in runs:
+        first, _, last = run.partition("-")
+        start, stop = int(first), int(last or first)
+        if not (ids[-1] if ids else -1) < start <= stop < size:
+            raise ValueError(f"ids {run} are out of order or range")
+        ids += range(start, stop + 1)
+    if not ids:
+        raise ValueError("no ids")
+    return tuple(ids)
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 of a folder's `tokenizer.json`, however it is laid out."""
+    return hashlib.sha256(json.dumps(read_json(folder / "tokenizer.json"), sort_keys=True).encode()).hexdigest()
+
+
+def folder_vocabulary(folder: Path, rows: int) -> BpeVocabulary:
+    """The vocabulary of a Hugging Face folder whose embedding has `rows` rows, with all that has to stay.
+
+    Raises:
+        BadInput: no tokenizer.json, or a tokenizer that is not byte-pair.
+    """
+    where = folder / "tokenizer.json"
+    if not where.is_file():
+        raise BadInput("no tokenizer.json", where=folder, remedy="save the tokenizer beside the weights")
+    fixed: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            fixed |= special_ids_of(read_json(folder / name))
+    if (folder / GGUF_TOKENIZER).is_file():
+        fixed |= gguf_fixed(GgufFile(folder / GGUF_TOKENIZER))
+    return read_vocabulary(read_json(where), rows=rows, fixed=fixed, where=where)
+
+
+def row_parameters(shape: ModelShape) -> int:
+    """Parameters of a row of the vocabulary: of the embedding and, where it is not tied, of the head."""
+    return shape.hidden * (1 if shape.tied else 2)
+
+
+def wanted_size(
+    shape: ModelShape, *, size: int | None = None, ratio: float | None = None, multiple: int = MULTIPLE
+) -> int:
+    """Rows to keep: at most `size`, or so many that at least `ratio` of all parameters go; a multiple of `multiple`.
+
+    Raises:
+        BadInput: neither or both are given, or nothing would be left.
+    """
+    if (size is None) == (ratio is None):
+        raise BadInput("give a size or a ratio", remedy="--size ROWS or --ratio SHARE")
+    if ratio is not None:
+        if not 0 < ratio < 1:
+            raise BadInput(f"ratio {ratio:g}", remedy="give a share of all parameters between 0 and 1")
+        size = shape.vocab - -(-round(ratio * shape.parameters) // row_parameters(shape))
+    assert size is not None
+    rows = min(size, shape.vocab) // multiple * multiple
+    if rows <= 0:
+        share = shape.vocab * row_parameters(shape) / shape.parameters
+        raise BadInput(f"no row would be left: the vocabulary is {share:.1%} of all parameters", remedy="ask for less")
+    return rows
+
+
+def choose(
+    vocabulary: BpeVocabulary, counted: TokenCounts, size: int, *, expected: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.int64], Counts]:
+    """The ids to keep, and the (expected) uses that decided: (vocabulary.size,).
+
+    Args:
+        vocabulary: what may go.
+        counted: uses in a corpus.
+        size: rows to keep.
+        expected: the model's mean probability of each id, (vocabulary.size,); without it counts alone decide.
+    """
+    counts = np.zeros(vocabulary.size)
+    counts[: len(counted.counts)] = counted.counts
+    if expected is not None:
+        from edgeprune.vocabulary_usage import posterior_counts
+
+        counts = posterior_counts(counts, expected)
+    return keep_tokens(vocabulary, counts, size), counts
+
+
+def plan_vocabulary(
+    folder: Path,
+    corpus_paths: Sequence[Path],
+    *,
+    size: int | None = None,
+    ratio: float | None = None,
+    multiple: int = MULTIPLE,
+    windows: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> VocabularyPlan:
+    """Count a corpus, ask the model what it expects, and choose the tokens to keep. Counts and expectation are cached.
+
+    Args:
+        folder: a model in Hugging Face format.
+        corpus_paths: text and JSONL files, plain or gzipped, and folders of them: what the model will be used for. What
+            it will be judged on does not belong there.
+        size: rows to keep, at most.
+        ratio: instead, the share of all parameters that goes, at least.
+        multiple: rows are a multiple of this.
+        windows: of 512 tokens of the corpus, on which the model's own expectation of each token is taken, as a prior
+            for tokens that the corpus has not; 0: counts alone.
+        seed: which windows.
+        progress: told stage, done, total.
+
+    Raises:
+        BadInput: no byte-pair tokenizer, no text, or a size below what has to stay.
+    """
+    checkpoint = Checkpoint(folder)
+    shape = checkpoint.shape
+    vocabulary = folder_vocabulary(folder, shape.vocab)
+    rows = wanted_size(shape, size=size, ratio=ratio, multiple=multiple)
+    if rows < (least := smallest(vocabulary)):
+        share = (shape.vocab - least) * row_parameters(shape) / shape.parameters
+        raise BadInput(f"{least} tokens have to stay, {rows} were asked for", remedy=f"ask for {share:.1%} or less")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = corpus(corpus_paths)
+    stage = None if progress is None else lambda done, total: progress("counting", done, total)
+    counted = count_tokens(tokenizer, text, progress=stage)
+    expected, n_expected = None, 0
+    if windows:
+        from edgeprune.vocabulary_usage import expected_use
+
+        expectation = expected_use(folder, tokenizer, text, windows=windows, seed=seed, progress=progress)
+        expected, n_expected = expectation.probability, expectation.n_tokens
+    kept, counts = choose(vocabulary, counted, rows, expected=expected)
+    after = passed_on(vocabulary, counts, kept)
+    gone = (shape.vocab - len(kept)) * row_parameters(shape)
+    return VocabularyPlan(
+        kept=tuple(kept.tolist()),
+        size_before=shape.vocab,
+        reached_ratio=gone / shape.parameters,
+        longer=float(after.sum() / counts.sum()),
+        corpus=text.hash,
+        corpus_files=text.names,
+        corpus_tokens=counted.n_tokens,
+        corpus_bytes=counted.n_bytes,
+        counts=hashlib.sha256(counts.tobytes()).hexdigest(),
+        expectation_tokens=n_expected,
+        tokenizer=tokenizer_hash(folder),
+    )

@@ -1,0 +1,134 @@
+"""What the model itself expects to read and write: a prior for the use of tokens that a corpus does not have.
+
+A corpus of a million tokens leaves a third of a vocabulary without one use, and counts alone cannot tell those tokens
+apart. The model can: over a few thousand positions its next-token distributions give every token a share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.errors import BadInput
+from edgeprune.files import atomic_file, cache_dir
+from edgeprune.runtimes.pytorch import load_model
+from edgeprune.vocabulary import Counts
+from edgeprune.vocabulary_counts import Corpus, pieces
+
+LENGTH = 512  # tokens of a window
+# Tokens that the model's expectation counts as much as: a corpus much larger than this speaks for itself. Chosen on
+# text that is neither counted nor judged; between one and four million it makes little difference.
+PRIOR_TOKENS = 2e6
+SCHEMA_VERSION = 1
+_CHARACTERS = 6 * LENGTH  # of a sampled piece: enough for a window in most languages
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The model's mean probability of each token over some text."""
+
+    probability: NDArray[np.float64]  # (vocabulary,), sums to 1
+    n_tokens: int
+
+
+def posterior_counts(counts: Counts, probability: NDArray[np.float64]) -> Counts:
+    """Counts with a Dirichlet prior: what was counted, and `PRIOR_TOKENS` tokens as the model expects them.
+
+    Up to a constant factor this is the posterior mean of each token's frequency, of multinomial counts under a
+    Dirichlet distribution with parameters `PRIOR_TOKENS` · `probability`.
+    """
+    return counts + PRIOR_TOKENS * probability
+
+
+def sample(corpus: Corpus, count: int, *, seed: int) -> list[str]:
+    """`count` pieces of a corpus drawn with equal chance (fewer if there are fewer), in one pass.
+
+    Reservoir sampling (Vitter 1985, algorithm R); long records and blocks are cut first.
+    """
+    chance = random.Random(seed)
+    drawn: list[str] = []
+    seen = 0
+    for _, text in pieces(corpus):
+        for start in range(0, len(text), _CHARACTERS):
+            seen += 1
+            at = len(drawn) if len(drawn) < count else chance.randrange(seen)
+            if at < count:
+                drawn[at : at + 1] = [text[start : start + _CHARACTERS]]
+    return drawn
+
+
+def _autocast() -> torch.autocast:
+    """bfloat16 where the processor computes in it: three times as fast, and a mean over thousands of tokens forgives."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return torch.autocast("cpu", torch.bfloat16, enabled="avx512_bf16" in flags or " bf16" in flags)
+
+
+@torch.inference_mode()
+def mean_probability(module: Any, windows: list[torch.Tensor], report: Callable[[int], None]) -> torch.Tensor:
+    """Mean next-token distribution over every position of `windows`, (length,) each: (vocabulary,) float64."""
+    total = torch.zeros(int(module.config.vocab_size), dtype=torch.float64)
+    positions = 0
+    for done, window in enumerate(windows, start=1):
+        with _autocast():
+            logits = module(input_ids=window[None], use_cache=False).logits[0]  # (length, vocabulary)
+        for part in logits.split(64):  # a float32 copy of all of it would be the largest thing in memory
+            total += part.float().softmax(dim=-1).sum(dim=0).double()
+        positions += len(window)
+        report(done)
+    return total / positions
+
+
+def expected_use(
+    folder: Path, tokenizer: Any, corpus: Corpus, *, windows: int, seed: int = 0, progress: Progress | None = None
+) -> Expectation:
+    """The model's mean next-token distribution over `windows` windows of a corpus; cached by model and corpus.
+
+    Args:
+        folder: the model, in Hugging Face format.
+        tokenizer: its `tokenizers.Tokenizer`.
+        corpus: where the windows are drawn from.
+        windows: how many, of up to 512 tokens.
+        seed: of the draw.
+        progress: told "expectation", done, total.
+
+    Raises:
+        BadInput: the corpus has no window of two tokens or more, or the model gives no finite numbers.
+    """
+    key = hashlib.sha256(
+        json.dumps([SCHEMA_VERSION, Checkpoint(folder).hash(), tokenizer.to_str(), corpus.hash, windows, seed]).encode()
+    ).hexdigest()[:24]
+    path = cache_dir() / "vocabulary" / f"expected-{key}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Expectation(stored["probability"], int(stored["n_tokens"]))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        pass  # not there yet, or damaged: it is made again
+    encoded = [
+        tokenizer.encode(text, add_special_tokens=True).ids[:LENGTH] for text in sample(corpus, windows, seed=seed)
+    ]
+    batch = [torch.tensor(ids) for ids in encoded if len(ids) > 1]
+    if not batch:
+        raise BadInput("the corpus is too short", where=", ".join(corpus.names))
+    module = load_model(folder)
+    probability = mean_probability(
+        module, batch, lambda done: progress("expectation", done, len(batch)) if progress else None
+    ).numpy()
+    if not np.isfinite(probability).all():
+        raise BadInput("the model's logits are not finite", where=folder, remedy="check the checkpoint")
+    n_tokens = sum(len(ids) for ids in batch)
+    with atomic_file(path) as temporary, temporary.open("wb") as out:
+        np.savez_compressed(out, probability=probability, n_tokens=np.int64(n_tokens))
+    return Expectation(probability, n_tokens)
