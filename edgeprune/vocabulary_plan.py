@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_json
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import ModelShape
-from edgeprune.vocabulary import BpeVocabulary, Counts, keep_tokens, passed_on, read_vocabulary, smallest
-from edgeprune.vocabulary_counts import TokenCounts, corpus, count_tokens
+from edgeprune.vocabulary import BpeVocabulary, keep_tokens, read_vocabulary, smallest
+from edgeprune.vocabulary_counts import corpus, count_tokens
 from edgeprune.vocabulary_tokenizer import gguf_fixed, special_ids_of
 
 PLAN_FILE = "vocabulary_plan.json"
@@ -44,6 +43,10 @@ class VocabularyPlan:
     counts: str  # SHA-256 of the counts that decided
     expectation_tokens: int  # tokens of that text on which the model's own expectation was taken; 0: counts alone
     tokenizer: str  # SHA-256 of the tokenizer.json it is for
+    # What the head is to learn of uses that pass to kept tokens: the logit of each rises by its shift, which is that
+    # many times the direction, added to its row. Both are empty where the model was not asked.
+    shift: tuple[float, ...] = ()  # (kept,), nats
+    direction: tuple[float, ...] = ()  # (hidden,)
 
     @property
     def size(self) -> int:
@@ -51,8 +54,9 @@ class VocabularyPlan:
         return len(self.kept)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data; ids that follow one another are written as one run, "first-last"."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self), "kept": _runs(self.kept)}
+        """The plan as plain data: ids that follow one another as one run, "first-last", long vectors as one line."""
+        vectors = {name: " ".join(f"{x:.6g}" for x in getattr(self, name)) for name in ("shift", "direction")}
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "kept": _runs(self.kept), **vectors}
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
@@ -71,7 +75,11 @@ class VocabularyPlan:
             raise BadInput("not a vocabulary plan of this version", where=path, remedy=remedy)
         try:
             size = int(value["size_before"])
-            plan = cls(**{**value, "kept": _ids(value["kept"], size), "corpus_files": tuple(value["corpus_files"])})
+            vectors = {name: tuple(float(x) for x in value[name].split()) for name in ("shift", "direction")}
+            files = tuple(value["corpus_files"])
+            plan = cls(**{**value, "kept": _ids(value["kept"], size), "corpus_files": files, **vectors})
+            if len(plan.shift) not in (0, plan.size) or not np.isfinite((*plan.shift, *plan.direction)).all():
+                raise ValueError("shifts do not fit the kept ids")
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise BadInput(f"not a vocabulary plan ({error})", where=path, remedy=remedy) from error
         return plan
@@ -152,26 +160,6 @@ def wanted_size(
     return rows
 
 
-def choose(
-    vocabulary: BpeVocabulary, counted: TokenCounts, size: int, *, expected: NDArray[np.float64] | None = None
-) -> tuple[NDArray[np.int64], Counts]:
-    """The ids to keep, and the (expected) uses that decided: (vocabulary.size,).
-
-    Args:
-        vocabulary: what may go.
-        counted: uses in a corpus.
-        size: rows to keep.
-        expected: the model's mean probability of each id, (vocabulary.size,); without it counts alone decide.
-    """
-    counts = np.zeros(vocabulary.size)
-    counts[: len(counted.counts)] = counted.counts
-    if expected is not None:
-        from edgeprune.vocabulary_usage import posterior_counts
-
-        counts = posterior_counts(counts, expected)
-    return keep_tokens(vocabulary, counts, size), counts
-
-
 def plan_vocabulary(
     folder: Path,
     corpus_paths: Sequence[Path],
@@ -213,25 +201,29 @@ def plan_vocabulary(
     text = corpus(corpus_paths)
     stage = None if progress is None else lambda done, total: progress("counting", done, total)
     counted = count_tokens(tokenizer, text, progress=stage)
-    expected, n_expected = None, 0
+    counts = np.zeros(shape.vocab)
+    counts[: len(counted.counts)] = counted.counts
+    expectation = None
     if windows:
-        from edgeprune.vocabulary_usage import expected_use
+        from edgeprune.vocabulary_usage import expected_use, posterior_counts, prior_shift
 
         expectation = expected_use(folder, tokenizer, text, windows=windows, seed=seed, progress=progress)
-        expected, n_expected = expectation.probability, expectation.n_tokens
-    kept, counts = choose(vocabulary, counted, rows, expected=expected)
-    after = passed_on(vocabulary, counts, kept)
-    gone = (shape.vocab - len(kept)) * row_parameters(shape)
-    return VocabularyPlan(
-        kept=tuple(kept.tolist()),
+        counts = posterior_counts(counts, expectation.probability)
+    choice = keep_tokens(vocabulary, counts, rows)
+    plan = VocabularyPlan(
+        kept=tuple(choice.kept.tolist()),
         size_before=shape.vocab,
-        reached_ratio=gone / shape.parameters,
-        longer=float(after.sum() / counts.sum()),
+        reached_ratio=(shape.vocab - len(choice.kept)) * row_parameters(shape) / shape.parameters,
+        longer=float(choice.uses.sum() / counts.sum()),
         corpus=text.hash,
         corpus_files=text.names,
         corpus_tokens=counted.n_tokens,
         corpus_bytes=counted.n_bytes,
         counts=hashlib.sha256(counts.tobytes()).hexdigest(),
-        expectation_tokens=n_expected,
+        expectation_tokens=0 if expectation is None else expectation.n_tokens,
         tokenizer=tokenizer_hash(folder),
     )
+    if expectation is None:
+        return plan
+    shift = prior_shift(counts[choice.kept], choice.uses[choice.kept])
+    return replace(plan, shift=tuple(shift.tolist()), direction=tuple(expectation.direction.tolist()))

@@ -24,10 +24,10 @@ from edgeprune.export.gguf_writer import write_metadata
 from edgeprune.files import atomic_folder, read_json, write_json, write_text
 from edgeprune.models import COMPANIONS
 from edgeprune.runtimes.gguf_file import GgufFile
-from edgeprune.shape import ModelShape
 from edgeprune.surgery import PLAN_FILE as LAYERS_PLAN_FILE
 from edgeprune.tokenizer import tokenizer_from_gguf
 from edgeprune.tokenizer_proof import PROOF_TEXTS
+from edgeprune.vocabulary import closure
 from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, folder_vocabulary, tokenizer_hash
 from edgeprune.vocabulary_tokenizer import (
     Renumbering,
@@ -52,32 +52,56 @@ _WITH_IDS = (
 )
 
 
-def vocabulary_tensors(shape: ModelShape) -> tuple[str, ...]:
-    """Names of the tensors with a row (or an entry) for each token; not every checkpoint has all of them."""
-    family = shape.family
-    return (f"{family.embedding}.weight", f"{family.head}.weight", f"{family.head}.bias")
+def kept_rows(tensor: torch.Tensor, plan: VocabularyPlan, *, shifted: bool) -> torch.Tensor:
+    """What stays of a tensor with a row, or an entry, for each token, in its own number format.
+
+    Args:
+        tensor: (rows, hidden), or a bias, (rows,).
+        plan: what to keep.
+        shifted: whether the logits that this tensor makes rise by the plan's shift.
+    """
+    rows = tensor.index_select(0, torch.tensor(plan.kept))
+    if not shifted or not plan.shift:
+        return rows
+    step = torch.tensor(plan.shift)
+    if rows.ndim == 2:
+        step = step[:, None] * torch.tensor(plan.direction)
+    return (rows.float() + step).to(rows.dtype)
 
 
-def _save_weights(checkpoint: Checkpoint, kept: NDArray[np.int64], folder: Path, progress: Progress | None) -> None:
-    rows = torch.from_numpy(kept)
-    changed = {name for name in vocabulary_tensors(checkpoint.shape) if name in checkpoint}
-    for name in changed:
-        if checkpoint.dimensions(name)[0] != checkpoint.shape.vocab:
-            raise BadInput(
-                f"{name} has {checkpoint.dimensions(name)[0]} rows, the config says {checkpoint.shape.vocab}",
-                where=checkpoint.folder,
-            )
+def _vocabulary_tensors(checkpoint: Checkpoint, plan: VocabularyPlan) -> dict[str, bool]:
+    """The tensors with a row or an entry for each token, and whether each is to be shifted."""
+    shape = checkpoint.shape
+    embedding, head, bias = (
+        f"{shape.family.embedding}.weight",
+        f"{shape.family.head}.weight",
+        f"{shape.family.head}.bias",
+    )
+    # Where embedding and head are one tensor the embedding is moved, too: the direction is short beside a row.
+    shifted = {bias} if bias in checkpoint else {embedding, head} if shape.tied else {head}
+    found = {name: name in shifted for name in (embedding, head, bias) if name in checkpoint}
+    for name, is_shifted in found.items():
+        dimensions = checkpoint.dimensions(name)
+        if dimensions[0] != shape.vocab:
+            raise BadInput(f"{name} has {dimensions[0]} rows, the config says {shape.vocab}", where=checkpoint.folder)
+        if is_shifted and plan.shift and len(dimensions) == 2 and dimensions[1] != len(plan.direction):
+            raise BadInput(f"the plan's direction has {len(plan.direction)} entries, not {dimensions[1]}", where=name)
+    return found
+
+
+def _save_weights(checkpoint: Checkpoint, plan: VocabularyPlan, folder: Path, progress: Progress | None) -> None:
+    changed = _vocabulary_tensors(checkpoint, plan)
     total = 0
     for done, file in enumerate(checkpoint.files, start=1):
         with safe_open(file, framework="pt") as source:
             names = list(source.keys())
-            if changed.isdisjoint(names):
+            if not changed.keys() & names:
                 shutil.copyfile(file, folder / file.name)
                 total += sum(_stored_bytes(source, name) for name in names)
             else:
                 tensors = {name: source.get_tensor(name) for name in names}
-                for name in changed.intersection(names):
-                    tensors[name] = tensors[name].index_select(0, rows)
+                for name in changed.keys() & names:
+                    tensors[name] = kept_rows(tensors[name], plan, shifted=changed[name])
                 save_file(tensors, folder / file.name, metadata={"format": "pt"})
                 total += sum(tensor.nbytes for tensor in tensors.values())
         if progress:
@@ -153,7 +177,7 @@ def prune_vocabulary(
     _check_whole(folder, kept, vocab)
     ids = Renumbering(kept, vocab)
     with atomic_folder(out) as temporary:
-        _save_weights(checkpoint, kept, temporary, progress)
+        _save_weights(checkpoint, plan, temporary, progress)
         write_json(temporary / "config.json", pruned_ids(checkpoint.config, ids, where=folder / "config.json"))
         _save_tokenizer(folder, ids, temporary)
         for name in (*COMPANIONS, LAYERS_PLAN_FILE):
@@ -168,11 +192,9 @@ def prune_vocabulary(
 def _check_whole(folder: Path, kept: NDArray[np.int64], rows: int) -> None:
     """A plan is input, too: raise `BadInput` unless it keeps all that has to stay and all that kept tokens need."""
     vocabulary = folder_vocabulary(folder, rows)
-    stays = np.zeros(rows, dtype=bool)
-    stays[kept] = True
-    missing = [index for index in vocabulary.fixed if not stays[index]]
-    missing += [piece for index in kept.tolist() for piece in vocabulary.pieces[index] if not stays[piece]]
-    if missing:
+    stays = set(kept.tolist())
+    needed = closure(vocabulary, stays).tolist()
+    if missing := [index for index in needed if index not in stays]:
         raise BadInput(
             f"the plan drops token {missing[0]} ({vocabulary.tokens[missing[0]]!r}), which is needed",
             where=folder,

@@ -2,6 +2,8 @@
 
 A corpus of a million tokens leaves a third of a vocabulary without one use, and counts alone cannot tell those tokens
 apart. The model can: over a few thousand positions its next-token distributions give every token a share.
+
+The same pass gives what it takes to tell the model that kept tokens are used more often than it learnt: `prior_shift`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ LENGTH = 512  # tokens of a window
 # text that is neither counted nor judged; between one and four million it makes little difference.
 PRIOR_TOKENS = 2e6
 SCHEMA_VERSION = 1
+_RIDGE = 1e-3  # of the Gram matrix, relative to its mean diagonal entry
 _CHARACTERS = 6 * LENGTH  # of a sampled piece: enough for a window in most languages
 
 Progress = Callable[[str, int, int], None]
@@ -38,9 +41,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Expectation:
-    """The model's mean probability of each token over some text."""
+    """What a model expects over some text."""
 
-    probability: NDArray[np.float64]  # (vocabulary,), sums to 1
+    probability: NDArray[np.float64]  # mean probability of each token: (vocabulary,), sums to 1
+    direction: NDArray[np.float64]  # what to add to a row of the head to raise its logit by about 1: (hidden,)
     n_tokens: int
 
 
@@ -51,6 +55,34 @@ def posterior_counts(counts: Counts, probability: NDArray[np.float64]) -> Counts
     Dirichlet distribution with parameters `PRIOR_TOKENS` · `probability`.
     """
     return counts + PRIOR_TOKENS * probability
+
+
+def prior_shift(before: Counts, after: Counts) -> NDArray[np.float64]:
+    """How far the logit of each token should rise because it is used more often than the model learnt: (n,), nats.
+
+    A classifier's posterior under new class frequencies is the old one times new over old frequency, normalised
+    (Saerens, Latinne & Decaestecker 2002, eq. 2.4), so a logit moves by the logarithm of that ratio.
+
+    Args:
+        before: uses of each token as the model knows them: (n,).
+        after: uses with those of the dropped tokens that are read as this one: (n,).
+    """
+    tiny = np.finfo(np.float64).tiny
+    ratio = np.maximum(after, tiny) / np.maximum(before, tiny)
+    return np.where((before > 0) & (after > before), np.log(ratio), 0.0)
+
+
+def constant_direction(gram: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The vector u with h · u nearest to 1 over hidden states h: a bias for a head that has none: (hidden,).
+
+    Ridge least squares: u = (G + λI)⁻¹ m.
+
+    Args:
+        gram: mean of h hᵀ, (hidden, hidden).
+        mean: mean of h, (hidden,).
+    """
+    ridge = _RIDGE * float(np.trace(gram)) / len(gram) * np.eye(len(gram))
+    return np.asarray(np.linalg.solve(gram + ridge, mean), dtype=np.float64)
 
 
 def sample(corpus: Corpus, count: int, *, seed: int) -> list[str]:
@@ -71,30 +103,54 @@ def sample(corpus: Corpus, count: int, *, seed: int) -> list[str]:
 
 
 def _autocast() -> torch.autocast:
-    """bfloat16 where the processor computes in it: three times as fast, and a mean over thousands of tokens forgives."""
+    """bfloat16 where the processor computes in it: three times as fast, and a mean over many tokens forgives it."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     return torch.autocast("cpu", torch.bfloat16, enabled="avx512_bf16" in flags or " bf16" in flags)
 
 
+@dataclass
+class _Sums:
+    """Sums over positions: next-token distributions, (vocabulary,), and hidden states and their outer products."""
+
+    probability: torch.Tensor
+    hidden: torch.Tensor
+    gram: torch.Tensor
+    positions: int = 0
+
+
 @torch.inference_mode()
-def mean_probability(module: Any, windows: list[torch.Tensor], report: Callable[[int], None]) -> torch.Tensor:
-    """Mean next-token distribution over every position of `windows`, (length,) each: (vocabulary,) float64."""
-    total = torch.zeros(int(module.config.vocab_size), dtype=torch.float64)
-    positions = 0
-    for done, window in enumerate(windows, start=1):
-        with _autocast():
-            logits = module(input_ids=window[None], use_cache=False).logits[0]  # (length, vocabulary)
-        for part in logits.split(64):  # a float32 copy of all of it would be the largest thing in memory
-            total += part.float().softmax(dim=-1).sum(dim=0).double()
-        positions += len(window)
-        report(done)
-    return total / positions
+def _observe(module: Any, windows: list[torch.Tensor], report: Callable[[int], None]) -> _Sums:
+    head = module.get_output_embeddings()
+    vocabulary, width = head.weight.shape
+    sums = _Sums(
+        probability=torch.zeros(vocabulary, dtype=torch.float64),
+        hidden=torch.zeros(width, dtype=torch.float64),
+        gram=torch.zeros(width, width, dtype=torch.float64),
+    )
+
+    def look(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        states = inputs[0].reshape(-1, width).float()
+        sums.hidden += states.sum(dim=0).double()
+        sums.gram += (states.T @ states).double()
+
+    handle = head.register_forward_pre_hook(look)
+    try:
+        for done, window in enumerate(windows, start=1):
+            with _autocast():
+                logits = module(input_ids=window[None], use_cache=False).logits[0]  # (length, vocabulary)
+            for part in logits.split(64):  # a float32 copy of all of it would be the largest thing in memory
+                sums.probability += part.float().softmax(dim=-1).sum(dim=0).double()
+            sums.positions += len(window)
+            report(done)
+    finally:
+        handle.remove()
+    return sums
 
 
 def expected_use(
     folder: Path, tokenizer: Any, corpus: Corpus, *, windows: int, seed: int = 0, progress: Progress | None = None
 ) -> Expectation:
-    """The model's mean next-token distribution over `windows` windows of a corpus; cached by model and corpus.
+    """What the model expects over `windows` windows of a corpus; cached by model and corpus.
 
     Args:
         folder: the model, in Hugging Face format.
@@ -113,7 +169,7 @@ def expected_use(
     path = cache_dir() / "vocabulary" / f"expected-{key}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return Expectation(stored["probability"], int(stored["n_tokens"]))
+            return Expectation(stored["probability"], stored["direction"], int(stored["n_tokens"]))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass  # not there yet, or damaged: it is made again
     encoded = [
@@ -122,13 +178,16 @@ def expected_use(
     batch = [torch.tensor(ids) for ids in encoded if len(ids) > 1]
     if not batch:
         raise BadInput("the corpus is too short", where=", ".join(corpus.names))
-    module = load_model(folder)
-    probability = mean_probability(
-        module, batch, lambda done: progress("expectation", done, len(batch)) if progress else None
-    ).numpy()
-    if not np.isfinite(probability).all():
+    sums = _observe(
+        load_model(folder),
+        batch,
+        lambda done: progress("expectation", done, len(batch)) if progress else None,
+    )
+    n = sums.positions
+    probability = (sums.probability / n).numpy()
+    if not (np.isfinite(probability).all() and torch.isfinite(sums.gram).all()):
         raise BadInput("the model's logits are not finite", where=folder, remedy="check the checkpoint")
-    n_tokens = sum(len(ids) for ids in batch)
+    direction = constant_direction((sums.gram / n).numpy(), (sums.hidden / n).numpy())
     with atomic_file(path) as temporary, temporary.open("wb") as out:
-        np.savez_compressed(out, probability=probability, n_tokens=np.int64(n_tokens))
-    return Expectation(probability, n_tokens)
+        np.savez_compressed(out, probability=probability, direction=direction, n_tokens=np.int64(n))
+    return Expectation(probability, direction, n)
