@@ -67,9 +67,10 @@ def prior_shift(before: Counts, after: Counts) -> NDArray[np.float64]:
         before: uses of each token as the model knows them: (n,).
         after: uses with those of the dropped tokens that are read as this one: (n,).
     """
-    tiny = np.finfo(np.float64).tiny
-    ratio = np.maximum(after, tiny) / np.maximum(before, tiny)
-    return np.where((before > 0) & (after > before), np.log(ratio), 0.0)
+    shift = np.zeros(len(before))
+    rising = (before > 0) & (after > before)
+    shift[rising] = np.log(after[rising] / before[rising])
+    return shift
 
 
 def constant_direction(gram: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
