@@ -171,7 +171,7 @@ def keep_tokens(vocabulary: BpeVocabulary, counts: Counts, size: int) -> Choice:
     pieces. Its cost is its count times the tokens that each use becomes longer by. Ids without a token go before any
     other; of equals the one merged last, since the order of merges is one of use, too.
 
-    The counts passed on are very nearly those of the text read anew (within 0.01 % where half of a vocabulary went).
+    The counts passed on are very nearly those of the text read anew (0.02 % off where half of a vocabulary went).
 
     Args:
         vocabulary: what may go.

@@ -22,7 +22,7 @@ from edgeprune.vocabulary_tokenizer import gguf_fixed, special_ids_of
 
 PLAN_FILE = "vocabulary_plan.json"
 SCHEMA_VERSION = 1
-# Rows of the head are computed in groups by every runtime's fast kernels, and quantised in blocks when transposed.
+# Fast kernels compute rows of the head in groups: llama.cpp's repacked ones by four or eight, others by up to 32.
 MULTIPLE = 32
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -128,6 +128,10 @@ def folder_vocabulary(folder: Path, rows: int) -> BpeVocabulary:
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             fixed |= special_ids_of(read_json(folder / name))
+    if (folder / "tokenizer_config.json").is_file():
+        fixed |= {int(token) for token in read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or ()}
+    if (folder / "added_tokens.json").is_file():
+        fixed |= set(read_json(folder / "added_tokens.json").values())
     if (folder / GGUF_TOKENIZER).is_file():
         fixed |= gguf_fixed(GgufFile(folder / GGUF_TOKENIZER))
     return read_vocabulary(read_json(where), rows=rows, fixed=fixed, where=where)

@@ -17,7 +17,8 @@ from edgeprune.tokenizer import NORMAL, UNUSED
 from edgeprune.vocabulary import merge_pairs
 
 NO_TOKEN = 0xFFFFFFFF  # llama.cpp's LLAMA_TOKEN_NULL
-# Keys of config.json and generation_config.json that hold ids under other names than `*_token_id(s)`.
+_ID_KEYS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that give ids a meaning
+# Other keys of generation_config.json that hold ids, of tokens that are not to be written.
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _PER_TOKEN = ("tokens", "scores", "token_type")  # arrays of `tokenizer.ggml.*` with one entry a token
 
@@ -40,6 +41,8 @@ class Renumbering:
 
     def __call__(self, old: int, *, where: object) -> int:
         """The new id of `old`; raises `BadInput` when it is not kept."""
+        if not 0 <= old < self.size:
+            raise BadInput(f"it names token {old}, outside the vocabulary of {self.size}", where=where)
         if old not in self._new:
             raise BadInput(
                 f"it names token {old}, which the plan does not keep", where=where, remedy="make the plan again"
@@ -118,7 +121,7 @@ def pruned_ids(config: Mapping[str, Any], ids: Renumbering, *, where: object) ->
 
     changed: dict[str, Any] = {}
     for key, value in config.items():
-        if key.endswith(("_token_id", "_token_ids")):
+        if key.endswith(_ID_KEYS):
             changed[key] = renumber(value)
         elif key in _ID_LISTS and value is not None:
             changed[key] = [ids(old, where=where) for old in value if old in ids]
@@ -145,7 +148,7 @@ def special_ids_of(config: Mapping[str, Any]) -> set[int]:
             found.add(value)
 
     for key, value in config.items():
-        if key.endswith(("_token_id", "_token_ids")):
+        if key.endswith(_ID_KEYS):
             collect(value)
         elif isinstance(value, Mapping):
             found |= special_ids_of(value)

@@ -368,7 +368,9 @@ def test_ids_below_zero_mean_none() -> None:
         "text_config": {"bos_token_id": 2},
         "x": 5,
     }
-    with pytest.raises(BadInput, match="names token 1"):
+    with pytest.raises(BadInput, match="outside the vocabulary of 6"):
+        pruned_ids({"pad_token_id": 6}, ids, where="config.json")
+    with pytest.raises(BadInput, match="names token 1, which the plan does not keep"):
         pruned_ids({"bos_token_id": 1}, ids, where="config.json")
 
 
