@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import read_json, write_json
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import ModelShape
@@ -124,17 +124,42 @@ def folder_vocabulary(folder: Path, rows: int) -> BpeVocabulary:
     where = folder / "tokenizer.json"
     if not where.is_file():
         raise BadInput("no tokenizer.json", where=folder, remedy="save the tokenizer beside the weights")
+    open_tokenizer(folder)  # the library checks the file's structure
     fixed: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             fixed |= special_ids_of(read_json(folder / name))
-    if (folder / "tokenizer_config.json").is_file():
-        fixed |= {int(token) for token in read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or ()}
-    if (folder / "added_tokens.json").is_file():
-        fixed |= set(read_json(folder / "added_tokens.json").values())
+    try:
+        if (folder / "tokenizer_config.json").is_file():
+            decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+            fixed |= {int(token) for token in decoder}
+        if (folder / "added_tokens.json").is_file():
+            fixed |= {int(token) for token in read_json(folder / "added_tokens.json").values()}
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            f"an added token has no id ({error})", where=folder, remedy="save the tokenizer again"
+        ) from error
     if (folder / GGUF_TOKENIZER).is_file():
         fixed |= gguf_fixed(GgufFile(folder / GGUF_TOKENIZER))
     return read_vocabulary(read_json(where), rows=rows, fixed=fixed, where=where)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a folder's tokenizer.json.
+
+    Raises:
+        BadInput: the library does not load it.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise missing_extra("tokenizers", "prune") from error
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing more precise
+        raise BadInput(
+            f"the tokenizer does not load ({error})", where=folder / "tokenizer.json", remedy="save it again"
+        ) from error
 
 
 def row_parameters(shape: ModelShape) -> int:
@@ -199,9 +224,7 @@ def plan_vocabulary(
     if rows < (least := smallest(vocabulary)):
         share = (shape.vocab - least) * row_parameters(shape) / shape.parameters
         raise BadInput(f"{least} tokens have to stay, {rows} were asked for", remedy=f"ask for {share:.1%} or less")
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = open_tokenizer(folder)
     text = corpus(corpus_paths)
     stage = None if progress is None else lambda done, total: progress("counting", done, total)
     counted = count_tokens(tokenizer, text, progress=stage)

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
 from edgeprune.errors import BadInput, StageFailed
@@ -28,7 +27,7 @@ from edgeprune.surgery import PLAN_FILE as LAYERS_PLAN_FILE
 from edgeprune.tokenizer import tokenizer_from_gguf
 from edgeprune.tokenizer_proof import PROOF_TEXTS
 from edgeprune.vocabulary import closure
-from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, folder_vocabulary, tokenizer_hash
+from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, folder_vocabulary, open_tokenizer, tokenizer_hash
 from edgeprune.vocabulary_tokenizer import (
     Renumbering,
     pruned_gguf,
@@ -213,8 +212,7 @@ def check_lossless(before: Path, after: Path) -> int:
     Raises:
         StageFailed: they differ.
     """
-    old = Tokenizer.from_file(str(before / "tokenizer.json"))
-    new = Tokenizer.from_file(str(after / "tokenizer.json"))
+    old, new = open_tokenizer(before), open_tokenizer(after)
     twin = tokenizer_from_gguf(GgufFile(after / GGUF_TOKENIZER)) if (after / GGUF_TOKENIZER).is_file() else None
     for text in PROOF_TEXTS:
         ids = new.encode(text, add_special_tokens=False).ids

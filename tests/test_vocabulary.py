@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_tokenizer import ANY_TEXT, KINDS
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer import Typer
 from typer.testing import CliRunner
@@ -356,6 +356,25 @@ def test_a_plan_for_another_model_or_with_holes_is_refused(
     with pytest.raises(BadInput, match="which is needed"):
         prune_vocabulary(tiny_folder, replace(plan, kept=plan.kept[1:]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_tokenizer_is_one_line(make_llama: MakeLlama, text: Path) -> None:
+    source = make_llama()
+    good = json.loads((source / "tokenizer.json").read_text())
+    for broken in (
+        {**good, "model": {"type": "BPE"}},
+        {**good, "model": {**good["model"], "merges": [["no", "such"]]}},
+    ):
+        write_json(source / "tokenizer.json", broken)
+        with pytest.raises(BadInput, match=r"tokenizer\.json: the tokenizer does not load"):
+            plan_vocabulary(source, [text], size=320, windows=0)
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"no tokenizer\.json"):
+        plan_vocabulary(source, [text], size=320, windows=0)
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.save(str(source / "tokenizer.json"))
+    with pytest.raises(BadInput, match="a WordLevel tokenizer cannot be pruned; supported: BPE"):
+        plan_vocabulary(source, [text], size=320, windows=0)
 
 
 def test_ids_below_zero_mean_none() -> None:
