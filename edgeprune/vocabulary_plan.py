@@ -164,7 +164,7 @@ def open_tokenizer(folder: Path) -> Any:
 
 def row_parameters(shape: ModelShape) -> int:
     """Parameters of a row of the vocabulary: of the embedding and, where it is not tied, of the head."""
-    return shape.hidden * (1 if shape.tied else 2)
+    return shape.embedding_parameters // shape.vocab
 
 
 def wanted_size(

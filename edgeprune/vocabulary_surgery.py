@@ -177,7 +177,9 @@ def prune_vocabulary(
     ids = Renumbering(kept, vocab)
     with atomic_folder(out) as temporary:
         _save_weights(checkpoint, plan, temporary, progress)
-        write_json(temporary / "config.json", pruned_ids(checkpoint.config, ids, where=folder / "config.json"))
+        config = pruned_ids(checkpoint.config, ids, where=folder / "config.json")
+        config.pop("auto_map", None)  # a reference to code, which is not copied
+        write_json(temporary / "config.json", config)
         _save_tokenizer(folder, ids, temporary)
         for name in (*COMPANIONS, LAYERS_PLAN_FILE):
             if name not in (*_WITH_IDS, *_LEFT_OUT) and (folder / name).is_file():
