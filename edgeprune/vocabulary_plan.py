@@ -44,7 +44,7 @@ class VocabularyPlan:
     expectation_tokens: int  # tokens of that text on which the model's own expectation was taken; 0: counts alone
     tokenizer: str  # SHA-256 of the tokenizer.json it is for
     # What the head is to learn of uses that pass to kept tokens: the logit of each rises by its shift, which is that
-    # many times the direction, added to its row. Both are empty where the model was not asked.
+    # many times the direction, added to its row. Both are empty where the model was not asked or has no such direction.
     shift: tuple[float, ...] = ()  # (kept,), nats
     direction: tuple[float, ...] = ()  # (hidden,)
 
@@ -232,7 +232,7 @@ def plan_vocabulary(
     counts[: len(counted.counts)] = counted.counts
     expectation = None
     if windows:
-        from edgeprune.vocabulary_usage import expected_use, posterior_counts, prior_shift
+        from edgeprune.vocabulary_usage import MISFIT_LIMIT, expected_use, posterior_counts, prior_shift
 
         expectation = expected_use(folder, tokenizer, text, windows=windows, seed=seed, progress=progress)
         counts = posterior_counts(counts, expectation.probability)
@@ -250,7 +250,7 @@ def plan_vocabulary(
         expectation_tokens=0 if expectation is None else expectation.n_tokens,
         tokenizer=tokenizer_hash(folder),
     )
-    if expectation is None:
+    if expectation is None or expectation.misfit > MISFIT_LIMIT:
         return plan
     shift = prior_shift(counts[choice.kept], choice.uses[choice.kept])
     return replace(plan, shift=tuple(shift.tolist()), direction=tuple(expectation.direction.tolist()))

@@ -33,6 +33,8 @@ LENGTH = 512  # tokens of a window
 # text that is neither counted nor judged; between one and four million it makes little difference.
 PRIOR_TOKENS = 2e6
 SCHEMA_VERSION = 1
+# A direction that misses its 1 by more than this (mean squared) on other text would do harm: no shift then.
+MISFIT_LIMIT = 0.1
 _RIDGE = 1e-3  # of the Gram matrix, relative to its mean diagonal entry
 _CHARACTERS = 6 * LENGTH  # of a sampled piece: enough for a window in most languages
 
@@ -45,6 +47,7 @@ class Expectation:
 
     probability: NDArray[np.float64]  # mean probability of each token: (vocabulary,), sums to 1
     direction: NDArray[np.float64]  # what to add to a row of the head to raise its logit by about 1: (hidden,)
+    misfit: float  # mean squared error of that 1, on text that the direction was not fitted to
     n_tokens: int
 
 
@@ -109,14 +112,20 @@ def _autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled="avx512_bf16" in flags or " bf16" in flags)
 
 
+def misfit(direction: NDArray[np.float64], gram: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
+    """Mean of (h · u - 1)² over hidden states with this Gram matrix and mean; 1 is as good as no direction."""
+    return float(direction @ gram @ direction - 2 * direction @ mean + 1)
+
+
 @dataclass
 class _Sums:
-    """Sums over positions: next-token distributions, (vocabulary,), and hidden states and their outer products."""
+    """Sums over positions: next-token distributions, (vocabulary,), and, apart for even and odd windows, hidden states,
+    (2, hidden), and their outer products, (2, hidden, hidden)."""
 
     probability: torch.Tensor
     hidden: torch.Tensor
     gram: torch.Tensor
-    positions: int = 0
+    positions: NDArray[np.int64]  # (2,)
 
 
 @torch.inference_mode()
@@ -125,23 +134,26 @@ def _observe(module: Any, windows: list[torch.Tensor], report: Callable[[int], N
     vocabulary, width = head.weight.shape
     sums = _Sums(
         probability=torch.zeros(vocabulary, dtype=torch.float64),
-        hidden=torch.zeros(width, dtype=torch.float64),
-        gram=torch.zeros(width, width, dtype=torch.float64),
+        hidden=torch.zeros(2, width, dtype=torch.float64),
+        gram=torch.zeros(2, width, width, dtype=torch.float64),
+        positions=np.zeros(2, dtype=np.int64),
     )
+    half = 0
 
     def look(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         states = inputs[0].reshape(-1, width).float()
-        sums.hidden += states.sum(dim=0).double()
-        sums.gram += (states.T @ states).double()
+        sums.hidden[half] += states.sum(dim=0).double()
+        sums.gram[half] += (states.T @ states).double()
+        sums.positions[half] += len(states)
 
     handle = head.register_forward_pre_hook(look)
     try:
         for done, window in enumerate(windows, start=1):
+            half = done % 2
             with _autocast():
                 logits = module(input_ids=window[None], use_cache=False).logits[0]  # (length, vocabulary)
             for part in logits.split(64):  # a float32 copy of all of it would be the largest thing in memory
                 sums.probability += part.float().softmax(dim=-1).sum(dim=0).double()
-            sums.positions += len(window)
             report(done)
     finally:
         handle.remove()
@@ -162,7 +174,7 @@ def expected_use(
         progress: told "expectation", done, total.
 
     Raises:
-        BadInput: the corpus has no window of two tokens or more, or the model gives no finite numbers.
+        BadInput: the corpus has no text of two tokens or more, or the model gives no finite numbers.
     """
     key = hashlib.sha256(
         json.dumps([SCHEMA_VERSION, Checkpoint(folder).hash(), tokenizer.to_str(), corpus.hash, windows, seed]).encode()
@@ -170,7 +182,9 @@ def expected_use(
     path = cache_dir() / "vocabulary" / f"expected-{key}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return Expectation(stored["probability"], stored["direction"], int(stored["n_tokens"]))
+            return Expectation(
+                stored["probability"], stored["direction"], float(stored["misfit"]), int(stored["n_tokens"])
+            )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass  # not there yet, or damaged: it is made again
     encoded = [
@@ -184,11 +198,19 @@ def expected_use(
         batch,
         lambda done: progress("expectation", done, len(batch)) if progress else None,
     )
-    n = sums.positions
+    n = int(sums.positions.sum())
     probability = (sums.probability / n).numpy()
     if not (np.isfinite(probability).all() and torch.isfinite(sums.gram).all()):
         raise BadInput("the model's logits are not finite", where=folder, remedy="check the checkpoint")
-    direction = constant_direction((sums.gram / n).numpy(), (sums.hidden / n).numpy())
+    grams, means = sums.gram.numpy(), sums.hidden.numpy()
+    error = 1.0  # with one window there is no other text to try a direction on
+    if sums.positions.all():
+        (gram, mean), (other_gram, other_mean) = zip(
+            grams / sums.positions[:, None, None], means / sums.positions[:, None], strict=True
+        )
+        error = misfit(constant_direction(gram, mean), other_gram, other_mean)
+        error = (error + misfit(constant_direction(other_gram, other_mean), gram, mean)) / 2
+    direction = constant_direction(grams.sum(axis=0) / n, means.sum(axis=0) / n)
     with atomic_file(path) as temporary, temporary.open("wb") as out:
-        np.savez_compressed(out, probability=probability, direction=direction, n_tokens=np.int64(n))
-    return Expectation(probability, direction, n)
+        np.savez_compressed(out, probability=probability, direction=direction, misfit=error, n_tokens=np.int64(n))
+    return Expectation(probability, direction, error, n)
