@@ -62,7 +62,7 @@ class TextSet:
         return text_hash(self.ids)
 
 
-def _record_text(record: Any) -> str:
+def record_text(record: Any) -> str:
     """The text of one JSON record: its known fields, joined in the record's order."""
     if isinstance(record, str):
         return record
@@ -91,7 +91,7 @@ def read_texts(path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                text = _record_text(json.loads(line))
+                text = record_text(json.loads(line))
             except ValueError as error:
                 raise BadInput(f"line {number} is not JSON ({error})", where=path) from error
             if text:
@@ -105,7 +105,7 @@ def read_texts(path: Path) -> Iterator[str]:
             records = json.loads(raw)
         except ValueError as error:
             raise BadInput(f"not JSON ({error})", where=path) from error
-        texts = [text for record in records if (text := _record_text(record))] if isinstance(records, list) else []
+        texts = [text for record in records if (text := record_text(record))] if isinstance(records, list) else []
         if not texts:
             raise BadInput("expected a list of records with text", where=path)
         yield from texts
@@ -125,7 +125,7 @@ def _hub_texts(name: str) -> Iterator[str]:
     try:
         stream = datasets.load_dataset(repository, config or None, split="train", streaming=True)
         for record in stream:
-            if text := _record_text(record):
+            if text := record_text(record):
                 yield text
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(
