@@ -12,6 +12,7 @@ from edgeprune.candidates import Candidate
 from edgeprune.checkpoint import GGUF_TOKENIZER
 from edgeprune.files import atomic_folder, read_json, sha256, write_json, write_text
 from edgeprune.models import copy_companions
+from edgeprune.plan import PrunePlan
 from edgeprune.record import Trial, environment
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import ModelShape
@@ -145,7 +146,13 @@ def _licence(source: Path) -> str | None:
 
 
 def write_bundle(
-    result: FitResult, candidate: Candidate, trial: Trial, exported: Path, source: Path, out: Path
+    result: FitResult,
+    candidate: Candidate,
+    trial: Trial,
+    exported: Path,
+    plan: PrunePlan,
+    source: Path,
+    out: Path,
 ) -> None:
     """Write the folder `out` (replaced when whole) around what was exported: a file or a folder.
 
@@ -163,7 +170,7 @@ def write_bundle(
             (temporary / GGUF_TOKENIZER).unlink(missing_ok=True)  # it is inside the model file already
         bundle = _bundle_json(result, candidate, trial, source, model_file)
         write_json(temporary / "bundle.json", bundle)
-        candidate.plan.save(temporary / "prune_plan.json")
+        plan.save(temporary / "prune_plan.json")
         write_text(temporary / "MODEL_CARD.md", _model_card(result, candidate, trial, source, bundle))
         sums = [f"{sha256(p)}  {p.relative_to(temporary)}" for p in sorted(temporary.rglob("*")) if p.is_file()]
         write_text(temporary / "SHA256SUMS", "\n".join(sums) + "\n")

@@ -15,7 +15,7 @@ from typing import Any
 from edgeprune.cost import Cost, bytes_read_per_token, judge, predict
 from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import BadInput
-from edgeprune.plan import SCOPES, PrunePlan, Scope
+from edgeprune.plan import SCOPES, PrunePlan, Scope, WidthPlan
 from edgeprune.shape import ModelShape
 from edgeprune.targets import Target
 
@@ -30,13 +30,14 @@ PlanFor = Callable[[float, int, Scope], PrunePlan]  # (ratio, alignment, scope) 
 class Candidate:
     """One thing that could be shipped, with its predicted cost."""
 
-    plan: PrunePlan
+    plan: PrunePlan | WidthPlan
     target: Target
     shape: ModelShape
     cost: Cost
     reasons: tuple[str, ...]  # why it does not fit; empty if it does
     doubtful: bool  # it does not fit by the middle of the prediction, but its interval reaches into the budget
     notes: tuple[str, ...] = field(default=())
+    recovery_s: float = 0.0  # seconds of recovery the pruned model gets before it is exported
 
     @property
     def fits(self) -> bool:
@@ -51,10 +52,13 @@ class Candidate:
     @property
     def name(self) -> str:
         """A short name, unique among the candidates of one run and fit for a file name."""
-        return f"{self._share('dense', 'pruned{:.1f}', '-mlp')}-{self.target.quantisation}"
+        share = self._share("dense", "pruned{:.1f}", "-mlp")
+        # Colons part the options of a quantisation's name; in file names some systems refuse them.
+        return f"{share}{'-recovered' if self.recovery_s else ''}-{self.target.quantisation.replace(':', '-')}"
 
     def __str__(self) -> str:
-        return f"{self._share('dense', '{:.1f} % pruned', ' (MLP)')}, {self.target}"
+        share = self._share("dense", "{:.1f} % pruned", " (MLP)")
+        return f"{share}{' and recovered' if self.recovery_s else ''}, {self.target}"
 
     def _share(self, dense: str, pruned: str, mlp: str) -> str:
         if self.dense:
@@ -76,6 +80,8 @@ class Candidate:
                 "scope": self.plan.scope,
                 "asked_ratio": self.plan.asked_ratio,
                 "reached_ratio": self.plan.reached_ratio,
+                "predicted_damage_nats": self.plan.damage if isinstance(self.plan, WidthPlan) else None,
+                "recovery_s": self.recovery_s,
                 "sha256": self.plan_hash,
                 **self.shape.widths(),
                 "parameters": self.shape.parameters,
@@ -88,6 +94,40 @@ class Candidate:
             "reasons": list(self.reasons),
             "notes": list(self.notes),
         }
+
+
+def usable_targets(targets: Sequence[Target], profile: DeviceProfile) -> list[Target]:
+    """Of `targets` those whose runtime the profile has a figure for.
+
+    Raises:
+        BadInput: none.
+    """
+    usable = [target for target in targets if profile.backend_for(target.runtime) is not None]
+    if not usable:
+        raise BadInput(
+            f"the profile has no figure for {', '.join(sorted({t.runtime for t in targets}))}",
+            where=profile.name,
+            remedy="choose another --runtime or quantisation",
+        )
+    return usable
+
+
+def kv_bytes(shape: ModelShape, target: Target, context: int) -> int:
+    """Bytes of the key/value cache in the target's runtime: float32 in ONNX Runtime, F16 in llama.cpp."""
+    return shape.kv_cache_bytes(context, bytes_per_value=4.0 if target.runtime == "onnxruntime" else 2.0)
+
+
+def candidate_of(
+    plan: PrunePlan | WidthPlan, dense: ModelShape, target: Target, profile: DeviceProfile, budget: Budget
+) -> Candidate:
+    """The candidate of a plan and a target, with its predicted cost and what of the budget that breaks."""
+    after = plan.shape_after(dense)
+    cost = cost_of(after, target, profile, budget)
+    usual = target.format.fallbacks(dense, target.quantisation)
+    notes = tuple(note for note in target.format.fallbacks(after, target.quantisation) if note not in usual)
+    reasons = tuple(judge(cost, budget, profile))
+    doubtful = bool(reasons) and not judge(cost, budget, profile, hopeful=True)
+    return Candidate(plan, target, after, cost, reasons, doubtful, notes)
 
 
 def cost_of(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Budget) -> Cost:
@@ -104,7 +144,7 @@ def cost_of(shape: ModelShape, target: Target, profile: DeviceProfile, budget: B
         bytes_per_token=bytes_read_per_token(parts, tied=shape.tied, vocab=shape.vocab),
         n_layers=len(shape.layers),
         weights_bytes=weights,
-        kv_bytes=shape.kv_cache_bytes(budget.context, bytes_per_value=4.0 if target.runtime == "onnxruntime" else 2.0),
+        kv_bytes=kv_bytes(shape, target, budget.context),
         repack_bytes=target.format.repacked(shape, target.quantisation),
         context=budget.context,
         parameters=shape.parameters,
@@ -129,15 +169,8 @@ def candidates_for(
     Raises:
         BadInput: no target is left.
     """
-    usable = [target for target in targets if profile.backend_for(target.runtime) is not None]
-    if not usable:
-        raise BadInput(
-            f"the profile has no figure for {', '.join(sorted({t.runtime for t in targets}))}",
-            where=profile.name,
-            remedy="choose another --runtime or quantisation",
-        )
     found: list[Candidate] = []
-    for target in usable:
+    for target in usable_targets(targets, profile):
         seen = set()
         for ratio, scope in itertools.product(sorted({0.0, *ratios}), SCOPES):
             try:
@@ -148,12 +181,7 @@ def candidates_for(
             if after.layers in seen:
                 continue
             seen.add(after.layers)
-            cost = cost_of(after, target, profile, budget)
-            usual = target.format.fallbacks(shape, target.quantisation)
-            notes = tuple(note for note in target.format.fallbacks(after, target.quantisation) if note not in usual)
-            reasons = tuple(judge(cost, budget, profile))
-            doubtful = bool(reasons) and not judge(cost, budget, profile, hopeful=True)
-            found.append(Candidate(plan, target, after, cost, reasons, doubtful, notes))
+            found.append(candidate_of(plan, shape, target, profile, budget))
     return found
 
 

@@ -82,8 +82,8 @@ def layer_module(
         # The class must be made with some width even where the part is thrown away just after.
         setattr(local, key, getattr(widths, field) or 1)
     if getattr(local, "_attn_implementation", None) is None:
-        # What the stock model chooses; a layer alone would have none.
-        local._attn_implementation = attention
+        # What the stock model chooses; a layer alone would have none. Only eager attention applies a soft cap.
+        local._attn_implementation = "eager" if shape_of(config).attention_soft_cap else attention
     with torch.device(device), no_init_weights():
         layer: nn.Module = layer_class(local, index).to(dtype)
     family = family_for(config.model_type)
@@ -121,6 +121,23 @@ def build(config: Any) -> nn.Module:
     with no_init_weights():
         model: nn.Module = model_class(config)(config)
     return model.eval()
+
+
+def stock_skeleton(config: Any) -> nn.Module:
+    """The stock model of `config` with layers one head and one neuron wide: what surrounds the layers, nearly free.
+
+    Weights are not initialised; `config` is not changed.
+
+    Raises:
+        BadInput: a kind of config that is not supported.
+    """
+    local = copy.deepcopy(config)
+    for key in WIDTHS:
+        setattr(local, key, 1)
+    local.head_dim = shape_of(config).head_dim  # else it would follow from the one head
+    with no_init_weights():
+        skeleton: nn.Module = _stock_class(type(config))(local)
+    return skeleton.eval()
 
 
 def load_checkpoint(folder: str | Path) -> nn.Module:

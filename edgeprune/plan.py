@@ -96,6 +96,22 @@ class PrunePlan:
         return plan
 
 
+@dataclass(frozen=True)
+class WidthPlan:
+    """How wide every layer becomes. Which heads and neurons stay is found when the weights are compensated."""
+
+    layers: tuple[LayerShape, ...]
+    method: str
+    asked_ratio: float  # of all parameters of the dense model
+    reached_ratio: float
+    damage: float  # predicted, nats per token
+    scope: Scope = "both"
+
+    def shape_after(self, shape: ModelShape) -> ModelShape:
+        """The pruned model's shape; `shape` is the dense one."""
+        return shape.with_layers(self.layers)
+
+
 def check(plan: PrunePlan, shape: ModelShape, *, where: object = "plan") -> None:
     """Check that `plan` can be applied to a model of `shape`.
 

@@ -34,6 +34,7 @@ class Format:
         parts: bytes by part of a model of a shape, quantised.
         alignment: the number of MLP neurons must be a multiple of this.
         fallbacks: one line for each kind of tensor that cannot have the type asked for.
+        per_layer: whether it carries widths that differ from layer to layer, for a model of a shape.
         repacked: bytes of weights that the runtime keeps a second, reordered copy of.
         export: (checkpoint folder, output path, quantisation, scratch folder, threads) -> the path written.
         suffix: of the output path.
@@ -47,6 +48,7 @@ class Format:
     alignment: Callable[[str], int]
     fallbacks: Callable[[ModelShape, str], list[str]]
     repacked: Callable[[ModelShape, str], int]
+    per_layer: Callable[[ModelShape], bool]
     export: Callable[[Path, Path, str, Path, int], Path]
     suffix: str = ""
 
@@ -108,6 +110,7 @@ FORMATS: dict[str, Format] = {
             alignment=gguf_alignment,
             fallbacks=gguf_fallbacks,
             repacked=_gguf_repacked,
+            per_layer=lambda shape: shape.family.gguf_per_layer is not None,
             export=_export_gguf,
             suffix=".gguf",
         ),
@@ -121,6 +124,7 @@ FORMATS: dict[str, Format] = {
             fallbacks=lambda _shape, _kind: [],
             # It packs weights anew too, but lets the originals go: the overhead in `cost` was measured with that.
             repacked=lambda _shape, _kind: 0,
+            per_layer=lambda _shape: True,
             export=_export_onnx,
         ),
     )

@@ -12,22 +12,40 @@ from typing import Any
 
 from edgeprune.candidates import Candidate
 from edgeprune.errors import StageFailed
+from edgeprune.export.gguf_types import recipe
+from edgeprune.imatrix import provide_imatrix
+from edgeprune.plan import PrunePlan
 from edgeprune.quality import evaluate
 from edgeprune.record import SCHEMA_VERSION, Trial, environment, files_of
 from edgeprune.runtimes.bench import bench
 from edgeprune.runtimes.records import to_dict
-from edgeprune.surgery import prune_checkpoint
+from edgeprune.shape import ModelShape
+from edgeprune.surgery import PLAN_FILE
+from edgeprune.targets import IMATRIX
 
 TIMEOUT_S = 1800.0
 BENCH_CONTEXT = 513  # what pp512 and the token after it need
 
 Progress = Callable[[str, int, int], None]
+# Writes the checkpoint of a pruned candidate to a folder.
+Make = Callable[[Candidate, Path, Progress | None], None]
 
 
 class Workshop:
     """Exports and measures candidates of one run; what it makes on the way is kept until `clean`."""
 
-    def __init__(self, folder: Path, source: Path, reference: Path, threads: int, *, bench: bool, context: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: Path,
+        reference: Path,
+        threads: int,
+        *,
+        bench: bool,
+        context: int,
+        make: Make,
+    ) -> None:
+        self.make = make
         self.folder = folder
         self.source = source
         self.reference = reference
@@ -35,21 +53,42 @@ class Workshop:
         self.bench = bench
         self.context = context
 
-    def export(self, candidate: Candidate) -> Path:
+    def export(self, candidate: Candidate, progress: Progress | None = None) -> Path:
         """The exported file or folder of a candidate, made at first use."""
         out = self.folder / (candidate.name + candidate.target.format.suffix)
         if out.exists():
             return out
-        scratch = self.folder / f"plan-{candidate.plan_hash[:16]}"
+        scratch = self._scratch(candidate)
         checkpoint = self.source
         if not candidate.dense:
             checkpoint = scratch / "checkpoint"
             if not checkpoint.exists():
-                for old in self.folder.glob("plan-*"):  # candidates come plan by plan: one at a time on disk
-                    shutil.rmtree(old)
-                prune_checkpoint(self.source, candidate.plan, checkpoint)
+                # Candidates come plan by plan: one is on disk at a time, and the source's, which many share.
+                for old in self.folder.glob("plan-*"):
+                    if old not in (scratch, self.folder / "plan-dense"):
+                        shutil.rmtree(old)
+                self.make(candidate, checkpoint, progress)
+            shutil.copyfile(checkpoint / PLAN_FILE, self._plan_file(candidate))
         scratch.mkdir(parents=True, exist_ok=True)
+        if recipe(candidate.target.quantisation).imatrix and not (scratch / IMATRIX).exists():
+            provide_imatrix(checkpoint, scratch / IMATRIX, calibration=None)
         return candidate.target.format.export(checkpoint, out, candidate.target.quantisation, scratch, self.threads)
+
+    def plan(self, candidate: Candidate, shape: ModelShape) -> PrunePlan:
+        """What an exported candidate keeps; `shape` is the dense model's."""
+        if isinstance(candidate.plan, PrunePlan):
+            return candidate.plan
+        return PrunePlan.load(self._plan_file(candidate), shape)
+
+    def _plan_file(self, candidate: Candidate) -> Path:
+        return self.folder / f"{candidate.name}.plan.json"
+
+    def _scratch(self, candidate: Candidate) -> Path:
+        """What a candidate's plan is made in: the checkpoint and the unquantised file."""
+        if candidate.dense:
+            return self.folder / "plan-dense"
+        recovered = f"-{candidate.recovery_s:g}" if candidate.recovery_s else ""
+        return self.folder / f"plan-{candidate.plan_hash[:16]}{recovered}"
 
     def measure(self, candidate: Candidate, key: str, progress: Progress | None) -> Trial:
         """Export and measure one candidate. A failure is a result, with its reason; wrong input is raised."""
@@ -64,7 +103,7 @@ class Workshop:
         try:
             if progress:
                 progress(stage, 0, 0)
-            path = self.export(candidate)
+            path = self.export(candidate, progress)
             files = files_of(path)
             quality = evaluate(
                 path,
@@ -105,6 +144,8 @@ def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
         SCHEMA_VERSION,
         model_hash,
         candidate.plan_hash,
+        candidate.plan.method,
+        candidate.recovery_s,
         candidate.target.quantisation,
         candidate.target.runtime,
         workshop.reference.name,

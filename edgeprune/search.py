@@ -1,0 +1,210 @@
+"""From the damage table and a device's budget to the candidates that deserve to be made: arithmetic only.
+
+For each target the plan of least damage within the budget is found by `allocation`; which targets are worth an export
+is told by the sum of two figures: the plan's predicted damage, and what the target's rounding alone costs the dense
+model, which is measured. The choice among those made is by measured quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.allocation import Options, allocate
+from edgeprune.candidates import Candidate, candidate_of, cost_of, kv_bytes, usable_targets
+from edgeprune.cost import DEFAULT_DEPTH, MIB, OVERHEAD_MIB, bytes_allowed, bytes_read_per_token, judge
+from edgeprune.damage import DamageTable
+from edgeprune.devices import Budget, DeviceProfile
+from edgeprune.errors import NothingFits
+from edgeprune.plan import WidthPlan, keep_all
+from edgeprune.shape import LayerShape, ModelShape
+from edgeprune.targets import Target
+
+Array = NDArray[np.float64]
+
+METHOD = "obs"
+_ROUNDS = 6  # the plan is checked whole; each round takes what it was over off the limit
+
+
+def sizes(shape: ModelShape, target: Target, budget: Budget) -> Array:
+    """What a model of `shape` needs: bytes read a token, bytes in memory, bytes of file, (3,)."""
+    parts = target.format.parts(shape, target.quantisation)
+    weights = sum(parts.values())
+    cache = kv_bytes(shape, target, budget.context)
+    read = bytes_read_per_token(parts, tied=shape.tied, vocab=shape.vocab)
+    read += cache * min(DEFAULT_DEPTH, budget.context) / budget.context
+    return np.array([read, weights + cache + target.format.repacked(shape, target.quantisation), weights], np.float64)
+
+
+def limits(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Budget) -> Array:
+    """The most that `sizes` may be on the device, by the middle of its figures, (3,); inf where there is no limit."""
+    read = held = file = np.inf
+    if budget.min_tokens_per_s is not None:
+        read = bytes_allowed(profile, target.runtime, len(shape.layers), budget.min_tokens_per_s)
+    memory = min(profile.usable_memory_mib, budget.max_memory_mib or np.inf)
+    held = (memory - OVERHEAD_MIB[target.runtime].value) * MIB
+    if budget.max_file_mib is not None:
+        file = budget.max_file_mib * MIB
+    return np.array([read, held, file], np.float64)
+
+
+def best_plan(
+    table: DamageTable,
+    shape: ModelShape,
+    target: Target,
+    profile: DeviceProfile,
+    budget: Budget,
+    *,
+    uniform: bool,
+) -> WidthPlan:
+    """The plan of least predicted damage with which `target` meets the budget.
+
+    Args:
+        uniform: all layers alike.
+
+    Raises:
+        NothingFits: no widths meet it.
+    """
+    most = limits(shape, target, profile, budget)
+    align = target.format.alignment(target.quantisation)
+
+    def fits(layers: tuple[LayerShape, ...]) -> bool:
+        return not judge(cost_of(shape.with_layers(layers), target, profile, budget), budget, profile)
+
+    if uniform:
+        layers = uniform_widths(table, shape, align, fits)
+    else:
+        layers = per_layer_widths(table, shape, lambda s: sizes(s, target, budget), most, align, fits)
+    return width_plan(table, shape, layers)
+
+
+def width_plan(table: DamageTable, shape: ModelShape, layers: tuple[LayerShape, ...]) -> WidthPlan:
+    """A plan of these widths with what they remove and their predicted damage."""
+    reached = 1 - shape.with_layers(layers).parameters / shape.parameters
+    damage = sum(
+        table.head_damage(i, layer.heads, layer.kv_heads) + table.mlp_damage(i, layer.neurons)
+        for i, layer in enumerate(layers)
+    )
+    return WidthPlan(layers, METHOD, reached, reached, damage)
+
+
+Sizes = Callable[[ModelShape], Array]
+Fits = Callable[[tuple[LayerShape, ...]], bool]
+
+
+def per_layer_widths(
+    table: DamageTable, shape: ModelShape, sizes_of: Sizes, most: Array, align: int, fits: Fits
+) -> tuple[LayerShape, ...]:
+    """Widths of each layer by mixed-integer programming.
+
+    Sizes of a layer's options are those of a layer in the middle: in mixtures of types a few layers get more bits, so
+    the whole is checked, and the limits tightened by what it is over.
+    """
+    middle = len(shape.layers) // 2
+    absent = LayerShape(0, 0, 0)
+
+    def with_layer(layer: LayerShape) -> Array:
+        return sizes_of(shape.with_layers((*shape.layers[:middle], layer, *shape.layers[middle + 1 :])))
+
+    without = with_layer(absent)
+    known: dict[LayerShape, Array] = {}
+
+    def cost(_: int, layer: LayerShape) -> Sequence[float]:
+        if layer not in known:
+            known[layer] = with_layer(layer) - without
+        return [float(value) for value in known[layer][limited]]
+
+    limited = np.isfinite(most)
+    whole = sizes_of(shape)
+    fixed = whole - len(shape.layers) * (whole - without)
+    room = (most - fixed)[limited]
+    for _ in range(_ROUNDS):
+        layers = allocate(table, shape, cost, room, Options(align=align, heads=not shape.fixed_heads))
+        if fits(layers):
+            return layers
+        over = sizes_of(shape.with_layers(layers))[limited] - most[limited]
+        room = room - np.maximum(over, 1e-3 * np.abs(room))
+    raise NothingFits("no choice of widths meets the budget", remedy="relax it, or take a smaller model")
+
+
+def uniform_widths(table: DamageTable, shape: ModelShape, align: int, fits: Fits) -> tuple[LayerShape, ...]:
+    """One width for all layers: of all that fit, the one of least predicted damage."""
+    dense, count = shape.layers[0], len(shape.layers)
+    widths = sorted({dense.neurons, *range(align, dense.neurons, align)}, reverse=True)
+    found: list[tuple[float, LayerShape]] = []
+    for option in table.attention[0]:
+        if not option.heads or (shape.fixed_heads and option.heads != dense.heads):
+            continue
+        layers = (LayerShape(option.heads, option.kv_heads, neurons) for neurons in widths)
+        widest = next((layer for layer in layers if fits((layer,) * count)), None)  # narrower ones fit too, and lose more
+        if widest is not None:
+            damage = sum(
+                table.head_damage(i, widest.heads, widest.kv_heads) + table.mlp_damage(i, widest.neurons)
+                for i in range(count)
+            )
+            found.append((damage, widest))
+    if not found:
+        raise NothingFits("no width for all layers meets the budget", remedy="relax it, or allow per-layer widths")
+    return (min(found, key=lambda pair: pair[0])[1],) * count
+
+
+def dense_candidates(
+    shape: ModelShape, targets: Sequence[Target], profile: DeviceProfile, budget: Budget, model_hash: str = ""
+) -> list[Candidate]:
+    """The dense model with every target the device can run.
+
+    Raises:
+        BadInput: there is none.
+    """
+    plan = keep_all(shape, model_hash=model_hash)
+    return [candidate_of(plan, shape, target, profile, budget) for target in usable_targets(targets, profile)]
+
+
+def pruned_candidates(
+    table: DamageTable,
+    shape: ModelShape,
+    dense: Sequence[Candidate],
+    profile: DeviceProfile,
+    budget: Budget,
+    *,
+    uniform: bool,
+) -> list[Candidate]:
+    """For every target with which the dense model does not fit, the least damaged plan with which it does.
+
+    A target that carries no widths of each layer's own, for this family, gets a uniform plan.
+    """
+    found = []
+    for candidate in dense:
+        if candidate.fits:
+            continue
+        alike = uniform or not candidate.target.format.per_layer(shape)
+        try:
+            plan = best_plan(table, shape, candidate.target, profile, budget, uniform=alike)
+        except NothingFits:
+            continue
+        found.append(candidate_of(plan, shape, candidate.target, profile, budget))
+    return found
+
+
+def worth_making(
+    pruned: Sequence[Candidate], rounding: Mapping[str, float], limit: int, *, best_dense: float = float("inf")
+) -> list[Candidate]:
+    """Which of the pruned candidates to make and measure, at most `limit`, least expected damage first.
+
+    Args:
+        rounding: name of a target -> measured KL that its rounding alone costs the dense model, nats per token.
+        limit: at most so many, but the best of each runtime is among them.
+        best_dense: measured KL of the best dense candidate that fits; what is expected to be worse cannot win.
+    """
+
+    def expected(candidate: Candidate) -> float:
+        assert isinstance(candidate.plan, WidthPlan)
+        return candidate.plan.damage + rounding.get(str(candidate.target), float("inf"))
+
+    ordered = sorted((c for c in pruned if expected(c) < best_dense), key=expected)
+    chosen = ordered[:limit]
+    for runtime in {c.target.runtime for c in ordered} - {c.target.runtime for c in chosen}:
+        chosen.append(next(c for c in ordered if c.target.runtime == runtime))
+    return chosen
