@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edgeprune.export.onnx_graph import PRECISIONS, export_onnx
+from edgeprune.export.onnx_graph import export_onnx
+from edgeprune.export.onnx_types import PRECISIONS
 from edgeprune.files import write_json
 from edgeprune.runtimes.bench import cpu_info
 from edgeprune.runtimes.ort import OnnxRuntime

@@ -108,7 +108,7 @@ def cost_of(shape: ModelShape, target: Target, profile: DeviceProfile, budget: B
         repack_bytes=target.format.repacked(shape, target.quantisation),
         context=budget.context,
         parameters=shape.parameters,
-        quantisation=target.quantisation,
+        quantisation=target.mixture,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,29 @@ GGUF_TOKENIZER = "tokenizer.gguf"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _HEADER_LIMIT = 100 << 20  # bytes; the library's own limit
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def older_rope_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rope_parameters` of a config.json says, in the words of transformers 4; {} where there is none.
+
+    It is one set of parameters, or one for each kind of layer ("full_attention", "sliding_attention").
+    """
+    newer = config.get("rope_parameters")
+    if not isinstance(newer, dict):
+        return {}
+    words: dict[str, Any] = {}
+    if isinstance(newer.get("full_attention"), dict):
+        local = newer.get("sliding_attention")
+        if isinstance(local, dict) and "rope_theta" in local:
+            words["rope_local_base_freq"] = local["rope_theta"]
+        newer = newer["full_attention"]
+    scaling = {key: value for key, value in newer.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if "partial_rotary_factor" in newer:
+        words["partial_rotary_factor"] = newer["partial_rotary_factor"]
+    return words | {
+        "rope_theta": newer.get("rope_theta", config.get("rope_theta")),
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+    }
 
 
 @dataclass(frozen=True)
@@ -89,14 +113,7 @@ class Checkpoint:
         config = read_json(folder / "config.json")
         # transformers 5 writes `rope_parameters`, which transformers 4 and other readers pass over in silence, and
         # would compute with another theta: the older keys are what everything here reads and writes.
-        newer = config.get("rope_parameters")
-        self.rope_overrides: dict[str, Any] = {}
-        if isinstance(newer, dict):
-            scaling = {key: value for key, value in newer.items() if key != "rope_theta"}
-            self.rope_overrides = {
-                "rope_theta": newer.get("rope_theta", config.get("rope_theta")),
-                "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
-            }
+        self.rope_overrides = older_rope_words(config)
         self.config: dict[str, Any] = config | self.rope_overrides
         self.files = sorted(folder.glob("*.safetensors"))
         if not self.files:

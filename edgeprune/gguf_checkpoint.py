@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from edgeprune.checkpoint import GGUF_TOKENIZER
 from edgeprune.errors import BadInput
 from edgeprune.export.gguf_deci import DECI, ZERO_MLP, is_filler
-from edgeprune.export.gguf_types import Tensor, tensors
-from edgeprune.export.gguf_writer import (
-    FILE_KEYS,
+from edgeprune.export.gguf_layout import (
+    OWN_HEAD,
     ROTARY,
+    WINDOWED,
+    Tensor,
+    architecture,
     module_name,
     paired_heads,
-    rotary_factors,
-    unpermute,
-    write_metadata,
+    runtime_attention_scale,
+    tensors,
 )
+from edgeprune.export.gguf_writer import FILE_KEYS, rotary_factors, unpermute, write_metadata
 from edgeprune.families import Family, family_for_gguf
 from edgeprune.files import atomic_folder, write_json
 from edgeprune.per_layer import check_layers, config_widths
@@ -57,6 +59,8 @@ def gguf_to_folder(source: Path, out: Path) -> Path:
     file.check_loadable()
     family = family_for_gguf(file.architecture)
     shape = _shape(file, family)
+    if file.architecture not in (architecture(shape, where=source), family.gguf_per_layer):
+        raise BadInput(f"widths that architecture {file.architecture!r} cannot have", where=source)
     wanted = {tensor.name: tensor for tensor in tensors(shape)}
     _check_tensors(file, wanted)
     ids = special_ids(file)
@@ -75,9 +79,12 @@ def _shape(file: GgufFile, family: Family) -> ModelShape:
     widths = _layers(file)
     hidden = _positive(file, f"{arch}.embedding_length")
     head_dim = _positive(file, f"{arch}.attention.key_length", hidden // widths[0].heads or None)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if file.get(f"{arch}.{key}", int, head_dim) != head_dim:
-            raise BadInput(f"{arch}.{key} is not the head size {head_dim}", where=file.path, remedy="not supported")
+    if file.get(f"{arch}.attention.value_length", int, head_dim) != head_dim:
+        raise BadInput(f"{arch}.attention.value_length is not {head_dim}", where=file.path, remedy="not supported")
+    rotary = file.get(f"{arch}.rope.dimension_count", int, head_dim)
+    partial = "partial_rotary_factor" in family.defaults and 0 < rotary < head_dim and rotary % 2 == 0
+    if rotary != head_dim and not partial:
+        raise BadInput(f"{arch}.rope.dimension_count is {rotary}", where=file.path, remedy="not supported")
     vocabulary = file.tensor("token_embd.weight").shape[0]
     if len(file.metadata.get("tokenizer.ggml.tokens", ())) != vocabulary:
         raise BadInput(f"the vocabulary does not have the embedding's {vocabulary} tokens", where=file.path)
@@ -87,6 +94,8 @@ def _shape(file: GgufFile, family: Family) -> ModelShape:
 
     # Hugging Face has one switch for q, k, v and o, and one for the MLP: what a layer lacks becomes zeros.
     attention_bias = biased("attn_q", "attn_k", "attn_v", "attn_output")
+    mlp_bias = biased("ffn_gate", "ffn_up", "ffn_down")
+    epsilon = "layer_norm_epsilon" if family.norm == "layer" else "layer_norm_rms_epsilon"
     ids = special_ids(file)
     shape = ModelShape(
         family=family,
@@ -94,17 +103,20 @@ def _shape(file: GgufFile, family: Family) -> ModelShape:
         hidden=hidden,
         head_dim=head_dim,
         layers=widths,
-        tied="output.weight" not in file.tensors,
+        tied="output.weight" not in file.tensors and arch not in OWN_HEAD,
         max_positions=_positive(file, f"{arch}.context_length", 2048),
-        norm_eps=_shortest(file.get(f"{arch}.attention.layer_norm_rms_epsilon", float, 1e-5)),
+        norm_eps=_shortest(file.get(f"{arch}.attention.{epsilon}", float, 1e-5)),
         rope_theta=_shortest(file.get(f"{arch}.rope.freq_base", float, 10000.0)),
         rope_scaling=None,
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=biased("ffn_gate", "ffn_up", "ffn_down"),
+        qkv_bias=attention_bias if isinstance(family.qkv_bias, str) else family.qkv_bias,
+        output_bias=attention_bias if isinstance(family.output_bias, str) else family.output_bias,
+        mlp_bias=mlp_bias if isinstance(family.mlp_bias, str) else family.mlp_bias,
+        head_bias=family.head_bias,
         bos=ids.get("bos"),
         eos=(ids["eos"],) if "eos" in ids else (),
+        partial_rotary_dim=rotary if partial else None,
     )
+    shape = replace(shape, **_gemma_words(file, shape)) if arch in WINDOWED else shape
     return replace(shape, rope_scaling=_rotary_scaling(file, shape))
 
 
@@ -134,6 +146,29 @@ def _layers(file: GgufFile) -> tuple[LayerShape, ...]:
         raise BadInput(f"layers of different widths in architecture {arch!r}", where=file.path)
     check_layers(layers, where=file.path)
     return tuple(layers)
+
+
+def _gemma_words(file: GgufFile, shape: ModelShape) -> dict[str, Any]:
+    """What Gemma's files say beside the widths, with llama.cpp's defaults: windows, soft caps, scale, local base."""
+    arch, count = file.architecture, len(shape.layers)
+    defaults = shape.family.defaults
+    window = file.get(f"{arch}.attention.sliding_window", int, 4096 if arch == "gemma2" else 0)
+    pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern", defaults["sliding_window_pattern"])
+    if isinstance(pattern, np.ndarray) and len(pattern) == count:
+        sliding = [bool(each) for each in pattern]
+    elif type(pattern) is int and pattern >= 0:  # 0: a window in every layer
+        sliding = [pattern == 0 or (index + 1) % pattern != 0 for index in range(count)]
+    else:
+        raise BadInput(f"{arch}.attention.sliding_window_pattern is unusable", where=file.path)
+    some = 0 < window < shape.max_positions and any(sliding)  # a window as wide as the context hides nothing
+    caps = {"attn_logit_softcapping": "attention_soft_cap", "final_logit_softcapping": "logit_soft_cap"}
+    theta = file.get(f"{arch}.rope.freq_base_swa", float, defaults.get("rope_local_base_freq"))
+    return {
+        "windows": tuple(window if here else None for here in sliding) if some else (),
+        "local_rope_theta": _shortest(theta) if "rope_local_base_freq" in defaults else None,
+        "query_scalar": round(runtime_attention_scale(shape, arch) ** -2),
+        **{name: file.get(f"{arch}.{key}", float, defaults[key]) or None for key, name in caps.items()},
+    }
 
 
 def _positive(file: GgufFile, key: str, default: int | None = None) -> int:
@@ -227,25 +262,48 @@ def _kept(ids: Mapping[str, int]) -> list[str]:
 
 
 def _config(shape: ModelShape, ids: Mapping[str, int]) -> dict[str, Any]:
+    family = shape.family
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": shape.family.model_types[0],
+        "architectures": [family.class_name],
+        "model_type": family.model_types[0],
         "vocab_size": shape.vocab,
         "hidden_size": shape.hidden,
         "num_hidden_layers": len(shape.layers),
         **config_widths(shape.layers),
         "head_dim": shape.head_dim,
-        "hidden_act": shape.family.activation,
+        family.activation_key: family.activation,
         "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": shape.norm_eps,
+        family.norm_eps_key: shape.norm_eps,
         "rope_theta": shape.rope_theta,
         "rope_scaling": shape.rope_scaling,
-        "attention_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias,
+        **family_words(shape),
         "tie_word_embeddings": shape.tied,
         "torch_dtype": "float32",
         **{f"{role}_token_id": ids.get(role) for role in ("bos", "eos", "pad")},
     }
+
+
+def family_words(shape: ModelShape) -> dict[str, Any]:
+    """The words of a config.json that not every family has: biases, partial rotary, windows, soft caps, scale."""
+    family = shape.family
+    switches = {family.qkv_bias: shape.qkv_bias, family.mlp_bias: shape.mlp_bias}
+    words: dict[str, Any] = {key: value for key, value in switches.items() if isinstance(key, str)}
+    own = {
+        "partial_rotary_factor": shape.rotary_dim / shape.head_dim,
+        "rope_local_base_freq": shape.local_rope_theta,
+        "query_pre_attn_scalar": shape.query_scalar,
+        "attn_logit_softcapping": shape.attention_soft_cap,
+        "final_logit_softcapping": shape.logit_soft_cap,
+    }
+    words |= {key: value for key, value in own.items() if key in family.defaults}
+    if family.windows != "none":
+        words["sliding_window"] = shape.narrowest_window
+    if family.windows == "above":
+        words["use_sliding_window"] = shape.narrowest_window is not None
+    if family.windows in ("above", "alternating"):
+        windows = (shape.window(index) for index in range(len(shape.layers)))
+        words["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return words
 
 
 def dequantised(file: GgufFile, name: str) -> NDArray[np.float32]:
@@ -273,6 +331,8 @@ def _weights(
         if name == ROTARY or is_filler(name, shape):
             continue
         values = dequantised(file, name) if name in file.tensors else np.zeros(tensor.shape, dtype=np.float32)
+        if name.endswith("_norm.weight") and shape.family.norm_offset:
+            values = values - np.float32(shape.family.norm_offset)
         if heads := paired_heads(name, shape):
             values = unpermute(values, heads)
         yield module_name(name, shape), values

@@ -118,9 +118,9 @@ def _part_of(name: str, checkpoint: Checkpoint) -> str:
     if module == family.head:
         return "head"
     inside = module.removeprefix(f"{family.layers}.").partition(".")[2]
-    if inside in (family.query, family.key, family.value, family.output):
+    if inside in {getattr(family, role) for role in (*family.attention_inputs, "output")}:
         return "attention"
-    if inside in (family.gate, family.up, family.down):
+    if inside in {getattr(family, role) for role in (*family.mlp_inputs, "down")}:
         return "mlp"
     if "norm" in module:
         return "norms"

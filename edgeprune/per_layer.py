@@ -155,9 +155,13 @@ def _unused(widths: Iterable[int]) -> int:
 
 
 def absent_modules(family: Family, index: int, widths: LayerShape) -> tuple[str, ...]:
-    """Module paths that layer `index` lacks for want of attention or an MLP, and the norm only that part reads."""
-    mlp_norm = family.mlp_norm or family.attention_norm  # a parallel block has one norm for both
-    parts = ((widths.heads, family.output, family.attention_norm), (widths.neurons, family.down, mlp_norm))
+    """Module paths that layer `index` lacks for want of attention or an MLP, and the norms only that part has."""
+    before = family.mlp_norm or family.attention_norm  # a parallel block has one norm for both
+    parts = (
+        (widths.heads, family.output, (family.attention_norm, family.attention_post_norm)),
+        (widths.neurons, family.down, (before, family.mlp_post_norm)),
+    )
     inside = [module.rpartition(".")[0] for width, module, _ in parts if not width]
-    inside += [norm for width, _, norm in parts if not width and norm not in {n for w, _, n in parts if w}]
+    read = {norm for width, _, norms in parts if width for norm in norms}
+    inside += [norm for width, _, norms in parts if not width for norm in norms if norm and norm not in read]
     return tuple(f"{family.layers}.{index}.{path}" for path in dict.fromkeys(inside))

@@ -29,6 +29,11 @@ Scope = Literal["both", "mlp"]
 SCOPES: tuple[Scope, ...] = ("both", "mlp")
 
 
+def scopes_of(shape: ModelShape) -> tuple[Scope, ...]:
+    """The scopes that a uniform plan of `shape` can have: "mlp" alone where heads stay."""
+    return ("mlp",) if shape.fixed_heads else SCOPES
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What one layer keeps: indices into the dense layer, ascending.
@@ -193,7 +198,8 @@ def uniform_plan(
         neuron_scores: a layer: (neurons,).
         ratio: share of all parameters to remove, in [0, 1).
         align: the number of neurons kept is a multiple of this.
-        scope: "both", or "mlp" to keep every head.
+        scope: "both", or "mlp" to keep every head. Models with `fixed_heads` keep them in either scope, and the
+            plan says "mlp"; the neurons alone then make up the ratio.
 
     Raises:
         BadInput: a ratio outside what heads and neurons together can reach, layers that differ, or an alignment
@@ -203,6 +209,8 @@ def uniform_plan(
         raise BadInput("a uniform plan needs a model whose layers are alike")
     if not 0.0 <= ratio < 1.0:
         raise BadInput(f"ratio {ratio} is not in [0, 1)")
+    if scope not in scopes_of(shape):
+        scope = "mlp"
     dense = shape.layers[0]
     if not 0 < align <= dense.neurons:
         raise BadInput(f"alignment {align} is not in 1…{dense.neurons}", remedy="choose a smaller --align")
@@ -236,7 +244,8 @@ def uniform_plan(
         nearest = 1 - shape.with_layers((left,) * count).parameters / shape.parameters
         raise BadInput(
             f"ratio {ratio:.3f} is out of reach: heads and neurons leave in steps",
-            remedy=f"the nearest that these widths reach is {nearest:.3f}",
+            remedy=f"the nearest that these widths reach is {nearest:.3f}"
+            + (f"; family {shape.family.name} keeps its heads" if shape.fixed_heads else ""),
         )
     layers = tuple(
         LayerPlan(*keep_heads(h, dense, left), top(n, left.neurons))

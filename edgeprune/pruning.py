@@ -12,7 +12,7 @@ from edgeprune.errors import BadInput, unknown
 from edgeprune.files import cache_dir
 from edgeprune.importance import Scores, amp_scores, random_scores, reversed_scores
 from edgeprune.models import Model, load
-from edgeprune.plan import SCOPES, PrunePlan, Scope, uniform_plan
+from edgeprune.plan import SCOPES, PrunePlan, Scope, scopes_of, uniform_plan
 from edgeprune.shape import ModelShape
 from edgeprune.surgery import prune_checkpoint
 
@@ -96,6 +96,11 @@ def prune(
         raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
     if not isinstance(model, Model):
         model = load(model, say=None if progress is None else lambda text: progress(text, 0, 0))
+    family = model.shape.family
+    if scope not in scopes_of(model.shape) and progress:
+        progress(
+            f"family {family.name} keeps its heads (GGUF {family.gguf_arch} needs them all): neurons go alone", 0, 0
+        )
     texts = text_set(
         model,
         calibration,

@@ -21,7 +21,7 @@ from edgeprune.files import atomic_folder, write_json
 from edgeprune.models import copy_companions
 from edgeprune.per_layer import KEY, absent_modules, config_widths
 from edgeprune.plan import LayerPlan, PrunePlan, check
-from edgeprune.shape import ModelShape
+from edgeprune.shape import LayerShape, ModelShape
 
 PLAN_FILE = "prune_plan.json"
 _SHARD_BYTES = 2 << 30
@@ -36,15 +36,22 @@ def rows_of_heads(heads: tuple[int, ...], head_dim: int) -> NDArray[np.int64]:
     return (np.asarray(heads, dtype=np.int64)[:, None] * head_dim + np.arange(head_dim)).reshape(-1)
 
 
-def keep(role: str, tensor: Array, layer: LayerPlan, head_dim: int) -> Array:
+def keep(role: str, tensor: Array, layer: LayerPlan, dense: LayerShape, head_dim: int) -> Array:
     """What stays of one tensor of a layer.
 
     Args:
         role: a field of `Family`, e.g. "query".
         tensor: the weight, (out, in), or the bias, (out,), of that role.
         layer: what the layer keeps.
+        dense: widths of the layer before.
         head_dim: width of a head.
     """
+    if role == "qkv":  # the rows of query, of key and of value
+        ends = np.cumsum([dense.heads * head_dim, dense.kv_heads * head_dim])
+        parts = zip(("query", "key", "value"), np.split(tensor, ends), strict=True)
+        return np.concatenate([keep(each, rows, layer, dense, head_dim) for each, rows in parts])
+    if role == "gate_up":  # the rows of gate and of up
+        return np.concatenate([rows[list(layer.neurons)] for rows in np.split(tensor, 2)])
     if role == "query":
         return tensor[rows_of_heads(layer.heads, head_dim)]
     if role in ("key", "value"):
@@ -60,24 +67,20 @@ def keep(role: str, tensor: Array, layer: LayerPlan, head_dim: int) -> Array:
     return tensor
 
 
-_PRUNED_ROLES = ("query", "key", "value", "output", "gate", "up", "down")
-
-
 def roles(family: Family, n_layers: int) -> dict[str, tuple[int, str]]:
     """Module path -> (layer, role) of every module that a plan changes."""
     return {
         family.in_layer(index, role): (index, role)
         for index in range(n_layers)
-        for role in _PRUNED_ROLES
-        if getattr(family, role) is not None
+        for role in (*family.attention_inputs, "output", *family.mlp_inputs, "down")
     }
 
 
 def pruned_tensors(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[str, Array]]:
     """The tensors of the pruned model, one after the other, by their names in the checkpoint."""
-    family = checkpoint.shape.family
-    places = roles(family, len(checkpoint.shape.layers))
-    absent = [path for i, layer in enumerate(plan.layers) for path in absent_modules(family, i, layer.widths)]
+    shape = checkpoint.shape
+    places = roles(shape.family, len(shape.layers))
+    absent = [path for i, layer in enumerate(plan.layers) for path in absent_modules(shape.family, i, layer.widths)]
     gone = tuple(f"{path}." for path in absent)
     for name in checkpoint.names:
         if name.startswith(gone):
@@ -86,7 +89,8 @@ def pruned_tensors(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[st
         module = name.rpartition(".")[0]
         if module in places:
             index, role = places[module]
-            tensor = np.ascontiguousarray(keep(role, tensor, plan.layers[index], checkpoint.shape.head_dim))
+            kept = keep(role, tensor, plan.layers[index], shape.layers[index], shape.head_dim)
+            tensor = np.ascontiguousarray(kept)
         yield name, tensor
 
 

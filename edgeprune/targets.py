@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.errors import unknown
-from edgeprune.export.gguf_types import QUANTISATIONS, tensor_types, tensors
+from edgeprune.errors import BadInput, unknown
+from edgeprune.export.gguf_types import QUANTISATIONS, canonical, recipe, tensor_types, tensors
 from edgeprune.export.gguf_types import alignment as gguf_alignment
 from edgeprune.export.gguf_types import fallbacks as gguf_fallbacks
 from edgeprune.export.gguf_types import predicted_bytes as gguf_bytes
 from edgeprune.runtimes.gguf_file import tensor_bytes
 from edgeprune.shape import ModelShape
+
+IMATRIX = "imatrix.gguf"  # of the checkpoint to export, in the scratch folder
 
 Parts = Mapping[str, int]  # bytes by part of the model: "embedding", "head", "attention", "mlp", "norms"
 
@@ -57,20 +59,28 @@ def _export_gguf(folder: Path, out: Path, kind: str, scratch: Path, threads: int
         return write_gguf(folder, out, dtype="F16")
     if kind == "F32":
         return write_gguf(folder, out, dtype="F32")
+    matrix = None
+    if recipe(kind).imatrix:
+        from edgeprune.export.gguf_imatrix import read_imatrix
+
+        path = scratch / IMATRIX
+        if not path.exists():
+            raise BadInput(f"{kind} needs an importance matrix", where=path, remedy="make one of this checkpoint first")
+        matrix = read_imatrix(path)
     # The unquantised file serves every quantisation of the same checkpoint; it is F32, so nothing is rounded twice.
     full = scratch / "full.gguf"
     if not full.exists():
         write_gguf(folder, full, dtype="F32")
-    return quantise(full, out, kind=kind, threads=threads)
+    return quantise(full, out, kind=kind, threads=threads, imatrix=matrix)
 
 
 def _gguf_repacked(shape: ModelShape, kind: str) -> int:
-    """Bytes that llama.cpp copies at load for faster kernels: matrices of two types (ggml/src/ggml-cpu/repack.cpp)."""
+    """Bytes that llama.cpp copies at load for faster kernels: matrices of a few types (ggml-cpu/repack.cpp)."""
     types = tensor_types(shape, kind)
     return sum(
         tensor_bytes(types[tensor.name], tensor.shape)
         for tensor in tensors(shape)
-        if types[tensor.name] in ("Q4_0", "Q4_K") and tensor.name.startswith("blk.")
+        if types[tensor.name] in ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4") and tensor.name.startswith("blk.")
     )
 
 
@@ -129,6 +139,11 @@ class Target:
         """The runtime that loads the result."""
         return self.format.runtime
 
+    @property
+    def mixture(self) -> str:
+        """The quantisation without its options: what its speed is published under."""
+        return self.quantisation.partition(":")[0]
+
     def __str__(self) -> str:
         return f"{self.quantisation} on {self.runtime}"
 
@@ -136,9 +151,13 @@ class Target:
 def target_for(quantisation: str, *, formats: Mapping[str, Format] = FORMATS) -> Target:
     """The target of a quantisation's name, whatever its case; names are unique over the formats.
 
+    A GGUF quantisation may have options: `Q4_0:embed=IQ4_NL:imatrix` (`gguf_types.recipe`).
+
     Raises:
-        BadInput: no format has it; the message names the nearest and all of them.
+        BadInput: no format has it, or an option is unknown; the message names the nearest and all of them.
     """
+    if ":" in quantisation and "gguf" in formats:
+        return Target(formats["gguf"], canonical(quantisation))
     names = {kind.lower(): Target(each, kind) for each in formats.values() for kind in each.quantisations}
     if quantisation.lower() not in names:
         raise unknown("quantisation", quantisation, [target.quantisation for target in names.values()])

@@ -12,30 +12,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgeprune.errors import BadInput
 from edgeprune.runtimes.gguf_file import Value, ValueType
 from edgeprune.shape import LayerShape, ModelShape
 
 DECI = "deci"
 ZERO_MLP = 32  # neurons: the narrowest that every type of blocks of 32 takes
-
-
-def architecture(shape: ModelShape, *, where: object = "model") -> str:
-    """`general.architecture` of a model: its family's own while layers are alike, else the one with widths a layer.
-
-    Raises:
-        BadInput: layers differ, and llama.cpp has no such architecture for the family.
-    """
-    family = shape.family
-    if shape.uniform:
-        return family.gguf_arch
-    if family.gguf_per_layer is None:
-        raise BadInput(
-            f"layers differ, and llama.cpp's architecture {family.gguf_arch!r} has one width for all",
-            where=where,
-            remedy="prune with a uniform plan, or export to ONNX",
-        )
-    return family.gguf_per_layer
 
 
 def file_layers(shape: ModelShape) -> tuple[LayerShape, ...]:

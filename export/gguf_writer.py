@@ -1,7 +1,8 @@
 """Writes a Hugging Face folder as a GGUF file, tensor by tensor, for stock llama.cpp.
 
-The folder need not be one of ours. Architecture `llama` has one width for all layers, `gguf_deci` has what layers that
-differ become; q and k are stored with their rotary pairs next to each other, where Hugging Face has halves.
+The folder need not be one of ours. `gguf_layout` knows what each family's architecture is made of. Architectures have
+one width for all layers, but for `gguf_deci`'s; `llama` and that one have q and k with their rotary pairs next to each
+other, where Hugging Face has halves.
 """
 
 from __future__ import annotations
@@ -17,8 +18,21 @@ from numpy.typing import NDArray
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
 from edgeprune.errors import BadInput, missing_extra
-from edgeprune.export.gguf_deci import DECI, architecture, is_filler, width_values
-from edgeprune.export.gguf_types import QUANTISATIONS, Tensor, tensors
+from edgeprune.export.gguf_deci import is_filler, width_values
+from edgeprune.export.gguf_layout import (
+    ROTARY,
+    WINDOWED,
+    Source,
+    Tensor,
+    architecture,
+    biased,
+    paired_heads,
+    query_factor,
+    scaled_role,
+    source,
+    tensors,
+)
+from edgeprune.export.gguf_types import QUANTISATIONS
 from edgeprune.files import atomic_file
 from edgeprune.runtimes.gguf_file import GgufFile, Value, ValueType
 from edgeprune.shape import ModelShape, rotary_frequencies
@@ -28,19 +42,6 @@ try:
 except ImportError as error:
     raise missing_extra("gguf", "prune") from error
 
-ROTARY = "rope_freqs.weight"  # computed, not read
-# llama.cpp's tensor role -> the field of `Family` that names the module.
-ROLES = {
-    "attn_norm": "attention_norm",
-    "ffn_norm": "mlp_norm",
-    "attn_q": "query",
-    "attn_k": "key",
-    "attn_v": "value",
-    "attn_output": "output",
-    "ffn_gate": "gate",
-    "ffn_up": "up",
-    "ffn_down": "down",
-}
 # Of a source's `general.*` these describe the file, not the model.
 FILE_KEYS = {
     "general.architecture",
@@ -63,20 +64,6 @@ def unpermute(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def module_name(tensor: str, shape: ModelShape) -> str:
-    """The name in a Hugging Face checkpoint of a llama.cpp tensor (not of `rope_freqs`, which has none)."""
-    family = shape.family
-    if tensor.startswith("blk."):
-        _, layer, role, suffix = tensor.split(".")
-        return f"{family.in_layer(int(layer), ROLES[role])}.{suffix}"
-    role, suffix = tensor.split(".")
-    return {
-        "token_embd": family.embedding,
-        "output_norm": family.final_norm,
-        "output": family.head,
-    }[role] + f".{suffix}"
-
-
 def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16") -> Path:
     """Write the checkpoint in `folder` to the GGUF file `out`; norms and biases stay F32.
 
@@ -92,8 +79,8 @@ def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16")
         `out`.
 
     Raises:
-        BadInput: the folder is no sound checkpoint of a supported family, has layers of different widths in a family
-            for which llama.cpp cannot have them, values that F16 cannot hold, or a tokenizer that has no GGUF form.
+        BadInput: the folder is no sound checkpoint of a supported family, has layers of different widths, values that
+            F16 cannot hold, or a tokenizer that has no GGUF form.
         StageFailed: the rebuilt tokenizer gives other ids.
     """
     if dtype not in ("F16", "F32"):
@@ -165,25 +152,29 @@ def _listing(checkpoint: Checkpoint) -> list[Tensor]:
     for tensor in [tensor for tensor in listing if tensor.name.startswith("blk.") and len(tensor.shape) == 2]:
         # A bias the config does not speak of is still a bias: compensation may add one where there was none.
         bias = Tensor(tensor.name.removesuffix("weight") + "bias", tensor.shape[:1])
-        if bias.name not in listed and module_name(bias.name, shape) in checkpoint:
+        room = biased(tensor.name.split(".")[2], architecture(shape))
+        if room and bias.name not in listed and source(bias.name, shape).name in checkpoint:
             listing.append(bias)
+    known = {f"{shape.family.head}.weight"}  # beside a tied embedding it is a copy
     for tensor in listing:
         if tensor.name == ROTARY or is_filler(tensor.name, shape):
             continue
-        name = module_name(tensor.name, shape)
-        found = checkpoint.dimensions(name)
-        if found != tensor.shape:
+        place = source(tensor.name, shape)
+        found = checkpoint.dimensions(place.name)
+        expected = (tensor.shape[0] if place.of is None else place.of, *tensor.shape[1:])
+        if found != expected:
             raise BadInput(
-                f"tensor {name!r} has shape {found}, not {tensor.shape}",
+                f"tensor {place.name!r} has shape {found}, not {expected}",
                 where=checkpoint.folder,
                 remedy="the checkpoint does not match its config.json",
             )
-    computed = {tensor.name for tensor in listing if tensor.name == ROTARY or is_filler(tensor.name, shape)}
-    known = {module_name(tensor.name, shape) for tensor in listing if tensor.name not in computed}
-    known.add(f"{shape.family.head}.weight")  # beside a tied embedding it is a copy
+        known.add(place.name)
     extra = [name for name in checkpoint.names if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise BadInput(f"tensor {extra[0]!r} has no place in a {shape.family.name} model", where=checkpoint.folder)
+        raise BadInput(
+            f"tensor {extra[0]!r} has no place in a {shape.family.name} model of architecture {architecture(shape)!r}",
+            where=checkpoint.folder,
+        )
     return listing
 
 
@@ -198,8 +189,13 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, dtype: str) -> NDArray[Any]:
     if is_filler(tensor.name, shape):
         # A norm of ones: whatever comes out of it, the matrices behind it make zeros of it.
         return np.full(tensor.shape, float(len(tensor.shape) == 1), dtype=_dtype(tensor, dtype))
-    name = module_name(tensor.name, shape)
-    values = checkpoint.tensor(name)
+    place = source(tensor.name, shape)
+    values = _rows(checkpoint.tensor(place.name), place, tensor.shape[0])
+    role, suffix = tensor.name.split(".")[-2:]
+    if role.endswith("_norm") and suffix == "weight" and shape.family.norm_offset:
+        values = values + np.float32(shape.family.norm_offset)  # llama.cpp multiplies by the weight as it is
+    if role == scaled_role(shape) and (factor := query_factor(shape)) != 1.0:
+        values = values * np.float32(factor)
     if heads := paired_heads(tensor.name, shape):
         values = permute(values, heads)
     kind = _dtype(tensor, dtype)
@@ -208,25 +204,20 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, dtype: str) -> NDArray[Any]:
     if not np.isfinite(converted).all():
         finite = bool(np.isfinite(values).all())
         raise BadInput(
-            f"tensor {name!r} has values {'that F16 cannot hold' if finite else 'that are not numbers'}",
+            f"tensor {place.name!r} has values {'that F16 cannot hold' if finite else 'that are not numbers'}",
             where=checkpoint.folder,
             remedy="write F32" if finite else "the checkpoint is damaged",
         )
     return converted
 
 
-def paired_heads(tensor: str, shape: ModelShape) -> int:
-    """Heads of a tensor, by its llama.cpp name, whose rows the file has in rotary pairs; 0 for any other tensor."""
-    if not (shape.family.permute_qk or architecture(shape) == DECI) or not tensor.startswith("blk."):
-        return 0
-    _, index, role, _ = tensor.split(".")
-    layer = shape.layers[int(index)]
-    return {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(role, 0)
+def _rows(values: NDArray[Any], place: Source, count: int) -> NDArray[Any]:
+    return values if place.of is None else values[place.start : place.start + count]
 
 
 def rotary_factors(shape: ModelShape) -> NDArray[np.float32]:
-    """What llama.cpp divides the rotary frequencies by, (head_dim / 2,): plain frequencies over scaled ones."""
-    exponent = np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim
+    """What llama.cpp divides the rotary frequencies by, (rotary_dim / 2,): plain frequencies over scaled ones."""
+    exponent = np.arange(0, shape.rotary_dim, 2, dtype=np.float64) / shape.rotary_dim
     return (shape.rope_theta**-exponent / rotary_frequencies(shape)).astype(np.float32)
 
 
@@ -262,17 +253,24 @@ def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:
     arch = architecture(shape)
     whole: dict[str, int] = {
         "block_count": len(shape.layers),
-        "context_length": shape.max_positions,
+        "context_length": _context(shape, arch),
         "embedding_length": shape.hidden,
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
-        "rope.dimension_count": shape.head_dim,
+        "rope.dimension_count": shape.rotary_dim,
         "vocab_size": shape.vocab,
     }
     values = {f"{arch}.{key}": Value(value, ValueType.UINT32) for key, value in whole.items()}
     values |= {f"{arch}.{key}": value for key, value in width_values(shape).items()}
-    values[f"{arch}.attention.layer_norm_rms_epsilon"] = Value(shape.norm_eps, ValueType.FLOAT32)
+    epsilon = "layer_norm_epsilon" if shape.family.norm == "layer" else "layer_norm_rms_epsilon"
+    values[f"{arch}.attention.{epsilon}"] = Value(shape.norm_eps, ValueType.FLOAT32)
     values[f"{arch}.rope.freq_base"] = Value(shape.rope_theta, ValueType.FLOAT32)
+    values |= {f"{arch}.{key}": value for key, value in _windows(shape, arch).items()}
+    caps = {
+        "attn_logit_softcapping": shape.attention_soft_cap,
+        "final_logit_softcapping": shape.logit_soft_cap,
+    }
+    values |= {f"{arch}.{key}": Value(cap, ValueType.FLOAT32) for key, cap in caps.items() if cap is not None}
     scaling = shape.rope_scaling
     # llama3's scaling is in the tensor `rope_freqs`; a type beside it would scale twice.
     if scaling and scaling.get("rope_type", scaling.get("type")) == "linear":
@@ -280,6 +278,33 @@ def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:
         values[f"{arch}.rope.scaling.factor"] = Value(float(scaling["factor"]), ValueType.FLOAT32)
     values["general.file_type"] = Value(QUANTISATIONS[dtype].file_type, ValueType.UINT32)
     values["general.quantization_version"] = Value(gguf.GGML_QUANT_VERSION, ValueType.UINT32)
+    return values
+
+
+def _context(shape: ModelShape, arch: str) -> int:
+    """Positions the file is good for: where llama.cpp knows no window for `arch`, beyond it another model would run."""
+    if arch in WINDOWED or shape.narrowest_window is None:
+        return shape.max_positions
+    return min(shape.max_positions, shape.narrowest_window)
+
+
+def _windows(shape: ModelShape, arch: str) -> dict[str, Value]:
+    """Metadata of sliding windows, without the architecture's prefix; only what `arch` reads, and phi3 reports."""
+    window = shape.narrowest_window
+    if arch not in WINDOWED:
+        told = arch == "phi3" and window is not None
+        return {"attention.sliding_window": Value(window, ValueType.UINT32)} if told else {}
+    if window is None:
+        # Arch gemma2 cannot do without; one as wide as the context hides nothing. Arch gemma3 can.
+        wide = Value(shape.max_positions, ValueType.UINT32)
+        return {"attention.sliding_window": wide} if arch == "gemma2" else {}
+    values = {"attention.sliding_window": Value(window, ValueType.UINT32)}
+    sliding = [shape.window(index) is not None for index in range(len(shape.layers))]
+    usual = shape.family.defaults["sliding_window_pattern"]
+    if sliding != [(index + 1) % usual != 0 for index in range(len(sliding))]:  # which older readers take for granted
+        values["attention.sliding_window_pattern"] = Value(sliding, ValueType.ARRAY, ValueType.BOOL)
+    if shape.local_rope_theta is not None:
+        values["rope.freq_base_swa"] = Value(shape.local_rope_theta, ValueType.FLOAT32)
     return values
 
 
@@ -303,6 +328,6 @@ def _tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, Value]:
     # Proved on the vocabulary alone, before gigabytes of weights are written.
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".vocabulary.", dir=out.parent) as scratch:
-        trial = write_metadata(Path(scratch) / "vocabulary.gguf", checkpoint.shape.family.gguf_arch, values)
+        trial = write_metadata(Path(scratch) / "vocabulary.gguf", architecture(checkpoint.shape), values)
         prove_same_ids(trial, checkpoint.folder)
     return values

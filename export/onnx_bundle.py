@@ -95,7 +95,7 @@ def genai_config(
             },
             "eos_token_id": eos[0] if len(eos) == 1 else eos or first,
             "pad_token_id": first if pad is None else pad,
-            "type": shape.family.name,
+            "type": shape.family.model_types[0],  # the runtime names its types as transformers does
             "vocab_size": shape.vocab,
         },
         "search": {"do_sample": False, "max_length": context, "num_beams": 1, "past_present_share_buffer": True},

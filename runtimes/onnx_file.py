@@ -369,7 +369,11 @@ def _positions(nodes: list[Node], initializers: dict[str, Tensor]) -> int | None
 
 
 def _layers(nodes: list[Node], initializers: dict[str, Tensor]) -> tuple[LayerWidths, ...]:
-    """Widths of the layers that have a GroupQueryAttention node, by the layer's number in the names."""
+    """Widths of the layers by the layer's number in the names, () where no attention is a GroupQueryAttention node.
+
+    A layer of which only the MLP is found has 0 heads, one of which only attention is found 0 neurons; a layer without
+    both leaves no trace.
+    """
     heads: dict[int, tuple[int, int]] = {}
     neurons: dict[int, int] = {}
     for name, tensor in initializers.items():
@@ -380,4 +384,8 @@ def _layers(nodes: list[Node], initializers: dict[str, Tensor]) -> tuple[LayerWi
             heads[int(match[1])] = (node.integers.get("num_heads", 0), node.integers.get("kv_num_heads", 0))
         elif node.operator == "MatMulNBits" and (match := _DOWN.search(node.name)):
             neurons[int(match[1])] = node.integers.get("K", 0)
-    return tuple(LayerWidths(*heads[index], neurons.get(index)) for index in sorted(heads))
+    if not heads:
+        return ()
+    unseen = 0 if neurons else None
+    found = sorted(heads.keys() | neurons.keys())
+    return tuple(LayerWidths(*heads.get(index, (0, 0)), neurons.get(index, unseen)) for index in found)

@@ -215,6 +215,7 @@ def test_llama3_scaling_of_published_models() -> None:
     assert llama3_scaling(np.linspace(1, 0.1, 32, dtype=np.float32), shape) is None
 
 
+USUAL = ("F32", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 SHAPES: dict[str, dict[str, Any]] = {
     "aligned, 16 layers": {
         "hidden_size": 256,
@@ -242,7 +243,7 @@ def test_types_are_as_predicted(case: str, make_llama: MakeLlama, tmp_path: Path
     folder = make_llama(**SHAPES[case])
     shape = Checkpoint(folder).shape
     source = write_gguf(folder, tmp_path / "f16.gguf")
-    for kind in QUANTISATIONS:
+    for kind in USUAL:  # the others: test_gguf_quantise.py
         file = GgufFile(quantise(source, tmp_path / f"{kind}.gguf", kind=kind, threads=2))
         assert {name: info.type for name, info in file.tensors.items()} == tensor_types(shape, kind), kind
         assert file.bytes_by_part() == predicted_bytes(shape, kind)
@@ -298,21 +299,24 @@ def test_aligned_widths_never_fall_back(kind: str, hidden: int, kv_heads: int, g
     shape = replace(
         BASE, hidden=hidden * step, head_dim=step, layers=(LayerShape(kv_heads * group, kv_heads, 3 * step),) * layers
     )
-    # The head of a Q4_0 file is Q6_K, whose blocks are longer.
-    assert [line for line in fallbacks(shape, kind) if not line.startswith("token_embd")] == []
+    # The head of a Q4_0 file is Q6_K, whose blocks are longer; without an importance matrix IQ4_NL asks for some Q5_K.
+    lines = [
+        line for line in fallbacks(shape, kind) if not line.startswith("token_embd") and "Q5_K becomes" not in line
+    ]
+    assert lines == []
 
 
 def test_quantise_refuses(make_llama: MakeLlama, tmp_path: Path) -> None:
     source = write_gguf(make_llama(), tmp_path / "f16.gguf")
-    with pytest.raises(BadInput, match="did you mean 'Q4_K_M'"):
+    with pytest.raises(BadInput, match="did you mean 'Q4_K_S'"):
         quantise(source, tmp_path / "q.gguf", kind="q4_k", threads=1)
     small = quantise(source, tmp_path / "q8.gguf", kind="Q8_0", threads=1)
     with pytest.raises(BadInput, match="already quantised"):
         quantise(small, tmp_path / "q.gguf", kind="Q4_0", threads=1)
     broken = tmp_path / "broken.gguf"
     # Sound as a file, but no model: llama.cpp gives the reason.
-    broken.write_bytes(source.read_bytes().replace(b"llama.block_count", b"llama.block_cOunt"))
-    with pytest.raises(StageFailed, match="block_count"):
+    broken.write_bytes(source.read_bytes().replace(b"llama.context_length", b"llama.context_lEngth"))
+    with pytest.raises(StageFailed, match="context_length"):
         quantise(broken, tmp_path / "q.gguf", kind="Q4_0", threads=1)
     assert not (tmp_path / "q.gguf").exists()
     assert not list(tmp_path.glob(".q.gguf*"))

@@ -11,21 +11,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeLlama
-from numpy.typing import NDArray
+from onnx_reference import TOKENS, divergence, generated, greedy, torch_logits, with_stored_weights
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.export.onnx_bundle import with_plain_decoder
-from edgeprune.export.onnx_graph import PRECISIONS, export_onnx
+from edgeprune.export.onnx_graph import export_onnx
 from edgeprune.export.onnx_quant import dequantise, quantise
-from edgeprune.export.onnx_types import predicted_bytes
+from edgeprune.export.onnx_types import PRECISIONS, predicted_bytes
 from edgeprune.export.optimum_exporter import export_optimum
 from edgeprune.runtimes.onnx_file import summary
 from edgeprune.runtimes.ort import OnnxRuntime
-
-TOKENS = np.random.default_rng(7).integers(1, 290, 40)
 
 MODELS: dict[str, dict[str, Any]] = {
     "grouped, tied": {},
@@ -44,35 +42,6 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
 }
-
-
-def torch_logits(model: LlamaForCausalLM, tokens: NDArray[np.int64] = TOKENS) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        logits: NDArray[np.float32] = model(torch.from_numpy(tokens)[None]).logits[0].float().numpy()
-    return logits
-
-
-def with_stored_weights(model: LlamaForCausalLM, precision: str) -> LlamaForCausalLM:
-    """The same model with the weights that the file holds: quantised and back, or rounded."""
-    how = PRECISIONS[precision]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                continue
-            bits = how.table_bits if "embed_tokens" in name or "lm_head" in name else how.bits
-            weight = parameter.numpy()
-            if bits:
-                stored = dequantise(quantise(weight, bits=bits, block=how.block, symmetric=how.symmetric))
-            else:
-                stored = weight.astype(how.dtype).astype(np.float32)
-            parameter.copy_(torch.from_numpy(stored))
-    return model
-
-
-def divergence(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Mean KL(reference || other) in nats per token."""
-    p, q = (torch.from_numpy(x.astype(np.float64)).log_softmax(-1) for x in (reference, other))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def resize(model: LlamaForCausalLM, widths: list[tuple[int, int, int]]) -> LlamaForCausalLM:
@@ -166,21 +135,13 @@ def test_genai_generates_what_torch_does(make_llama: MakeLlama, tmp_path: Path, 
     if not uniform:
         resize(model, [(8, 4, 128), (2, 2, 96), (6, 3, 40)]).save_pretrained(folder)
     prompt = TOKENS[:7]
-    sequence = list(prompt)
-    for _ in range(12):
-        sequence.append(int(torch_logits(model, np.array(sequence))[-1].argmax()))
-    loaded = genai.Model(str(export_onnx(folder, tmp_path / "onnx", precision="fp32")))
-    parameters = genai.GeneratorParams(loaded)
-    parameters.set_search_options(max_length=len(sequence), do_sample=False)
-    generator = genai.Generator(loaded, parameters)
-    generator.append_tokens(prompt.astype(np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    generated = [int(token) for token in generator.get_sequence(0)]
-    assert generated == sequence[: len(generated)]
-    assert len(generated) > len(prompt)
+    sequence = greedy(model, prompt, 12)
+    out = export_onnx(folder, tmp_path / "onnx", precision="fp32")
+    made = generated(out, prompt, len(sequence))
+    assert made == sequence[: len(made)]
+    assert len(made) > len(prompt)
     text = "The kettle sings before the water boils."
-    assert list(genai.Tokenizer(loaded).encode(text)) == open_model(tmp_path / "onnx").encode(text)
+    assert list(genai.Tokenizer(genai.Model(str(out))).encode(text)) == open_model(out).encode(text)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -223,8 +184,11 @@ def test_what_cannot_be_exported_is_refused(make_llama: MakeLlama, tmp_path: Pat
         export_onnx(make_llama(head_dim=8), out, precision="fp32")
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: np.full_like(tensors[name], 1e5)}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=r"mlp/down\.weight has values that float16 cannot hold"):
+        export_onnx(folder, out, precision="fp16")
     save_file({**tensors, name: tensors[name][:, :-1].copy()}, folder / "model.safetensors")
-    with pytest.raises(BadInput, match=r"down_proj.weight is \(64, 127\), expected \(rows, 128\)"):
+    with pytest.raises(BadInput, match=r"gate_proj.weight is \(128, 64\), expected \(127, 64\)"):
         export_onnx(folder, out, precision="fp32")
     assert not out.exists()
 

@@ -80,6 +80,20 @@ def sentencepiece() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(spec))
 
 
+def gemma() -> Tokenizer:
+    """As Gemma's: no space before the text, and a split at spaces that are no longer there."""
+    spec = json.loads(sentencepiece().to_str())
+    spec["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    spec["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+    spec["decoder"]["decoders"].pop()
+    return Tokenizer.from_str(json.dumps(spec))
+
+
 def digits() -> Any:
     return pre_tokenizers.Digits(individual_digits=True)
 
@@ -100,7 +114,9 @@ KINDS: dict[str, Any] = {
     "dbrx": lambda: byte_level([split(LLAMA3, "removed", True), bytes_only()]),
     "qwen2": lambda: byte_level([split(QWEN2), bytes_only()]),
     "llama": sentencepiece,
+    "gemma": gemma,
 }
+SENTENCEPIECE = ("llama", "gemma")
 
 
 def make_pair(kind: str, folder: Path) -> tuple[str, Path, Path]:
@@ -108,7 +124,7 @@ def make_pair(kind: str, folder: Path) -> tuple[str, Path, Path]:
     tokenizer = KINDS[kind]()
     named = (
         {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        if kind == "llama"
+        if kind in SENTENCEPIECE
         else {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="{{ messages[0].content }}", **named)
@@ -126,9 +142,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_kind_is_recognised_and_ids_agree(pair: tuple[str, Path, Path]) -> None:
     kind, folder, gguf = pair
     file = GgufFile(gguf)
-    model, pre = ("llama", "default") if kind == "llama" else ("gpt2", kind)
+    model, pre = ("llama", "default") if kind in SENTENCEPIECE else ("gpt2", kind)
     assert (file.metadata["tokenizer.ggml.model"], file.metadata["tokenizer.ggml.pre"]) == (model, pre)
-    assert file.metadata["tokenizer.ggml.add_bos_token"] is (kind == "llama")
+    assert file.metadata["tokenizer.ggml.add_bos_token"] is (kind in SENTENCEPIECE)
     assert file.metadata["tokenizer.ggml.add_eos_token"] is False
     assert file.metadata["tokenizer.chat_template"] == "{{ messages[0].content }}"
     assert prove_same_ids(gguf, folder) > len(PROOF_TEXTS)
