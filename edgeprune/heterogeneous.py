@@ -82,8 +82,8 @@ def layer_module(
         # The class must be made with some width even where the part is thrown away just after.
         setattr(local, key, getattr(widths, field) or 1)
     if getattr(local, "_attn_implementation", None) is None:
-        # What the stock model chooses; a layer alone would have none.
-        local._attn_implementation = attention
+        # What the stock model chooses; a layer alone would have none. Only eager attention applies a soft cap.
+        local._attn_implementation = "eager" if shape_of(config).attention_soft_cap else attention
     with torch.device(device), no_init_weights():
         layer: nn.Module = layer_class(local, index).to(dtype)
     family = family_for(config.model_type)

@@ -15,6 +15,7 @@ import torch
 
 from edgeprune.calibration import TextSet, text_set
 from edgeprune.errors import BadInput
+from edgeprune.export.gguf_deci import is_filler
 from edgeprune.export.gguf_imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from edgeprune.export.gguf_layout import module_name
 from edgeprune.export.gguf_types import tensors
@@ -44,7 +45,8 @@ def importance_matrix(
     """The importance matrix of `model` over `texts` (token ids, (length,) each), in one forward pass.
 
     Every weight of every layer has an entry, under its name in a GGUF file, and so has the head (the embedding where
-    it is tied). A weight that was pruned away has none.
+    it is tied). A weight that was pruned away has none; an MLP of zeros in its place (`gguf_deci`)
+    has ones, for without an entry the quantiser refuses some types.
 
     Raises:
         BadInput: no tokens.
@@ -62,12 +64,20 @@ def importance_matrix(
         found = column_squares(real)
         sums[name] = sums[name] + found if name in sums else found
 
-    def visitor(name: str) -> Callable[[torch.Tensor], None]:
-        return lambda x: add(name, x)
+    def visitor(names: Sequence[str]) -> Callable[[torch.Tensor], None]:
+        def visit(x: torch.Tensor) -> None:
+            for name in names:
+                add(name, x)
 
-    inner = [t.name for t in tensors(shape) if t.name.startswith("blk.") and len(t.shape) > 1]
-    visitors = {module_name(name, shape).removesuffix(".weight"): visitor(name) for name in inner}
-    head = "token_embd.weight" if shape.tied else "output.weight"
+        return visit
+
+    every = {t.name: t.shape[-1] for t in tensors(shape) if len(t.shape) > 1}
+    fed: dict[str, list[str]] = {}  # a fused matrix of the checkpoint can be several in the file
+    for name in every:
+        if name.startswith("blk.") and not is_filler(name, shape):
+            fed.setdefault(module_name(name, shape).removesuffix(".weight"), []).append(name)
+    visitors = {module: visitor(names) for module, names in fed.items()}
+    head = "output.weight" if "output.weight" in every else "token_embd.weight"
     body = model.module.get_submodule(shape.family.layers.rpartition(".")[0])
     done = 0
     with input_hooks(model.module, visitors):
@@ -78,6 +88,7 @@ def importance_matrix(
             if progress:
                 progress(done, total)
     values = {name: (found / total).numpy().astype(np.float32) for name, found in sums.items()}
+    values |= {name: np.ones(columns, dtype=np.float32) for name, columns in every.items() if is_filler(name, shape)}
     return ImportanceMatrix(values, total, text_hash(texts), model.hash, source)
 
 

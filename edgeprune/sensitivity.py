@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from edgeprune.errors import BadInput
-from edgeprune.export.gguf_layout import module_name
+from edgeprune.export.gguf_deci import is_filler
+from edgeprune.export.gguf_layout import Source, module_name, source
 from edgeprune.export.gguf_types import tensors
 from edgeprune.importance import Progress
 from edgeprune.models import Model
@@ -37,6 +38,8 @@ def fisher_diagonal(
 ) -> dict[str, torch.Tensor]:
     """The mean over tokens of each weight's squared gradient, by its name in a GGUF file: (rows, columns) each.
 
+    Rows are in the checkpoint's order (`gguf_layout.paired_heads` tells which are not in the file's).
+
     The labels are drawn from the model's own distribution, which makes it the Fisher information and not a property
     of the text's words. A tied embedding's entry sums what it does as embedding and as head; an untied embedding has
     only the former.
@@ -56,13 +59,15 @@ def fisher_diagonal(
         raise BadInput("no calibration tokens", remedy="give a text that is not empty")
     shape, module = model.shape, model.module
     generator = torch.Generator().manual_seed(seed)
-    names = {
-        module_name(t.name, shape).removesuffix(".weight"): t.name
-        for t in tensors(shape)
-        if t.name.startswith("blk.") and len(t.shape) > 1
-    }
+    names: dict[str, list[str]] = {}  # a fused matrix of the checkpoint can be several in the file
+    for t in tensors(shape):
+        if t.name.startswith("blk.") and len(t.shape) > 1 and not is_filler(t.name, shape):
+            names.setdefault(module_name(t.name, shape).removesuffix(".weight"), []).append(t.name)
+    rows = {t.name: t.shape[0] for t in tensors(shape)}
     embedding: Any = module.get_submodule(shape.family.embedding)
     head: Any = embedding if shape.tied else module.get_submodule(shape.family.head)
+    # Gemma's embeddings are scaled, in Gemma 3 by the embedding's own module, whose output is differentiated by.
+    scale = float(getattr(embedding, "embed_scale", 1.0))
     head_name = "token_embd.weight" if shape.tied else "output.weight"
     body = module.get_submodule(shape.family.layers.rpartition(".")[0])
     found: dict[str, torch.Tensor] = {"token_embd.weight": torch.zeros_like(embedding.weight, dtype=torch.float32)}
@@ -76,7 +81,12 @@ def fisher_diagonal(
         return lambda _module, given: inputs.__setitem__(path, given[0].detach()[0])
 
     def use_gradient(path: str) -> Any:
-        return lambda _module, _in, out: add(names[path], outer_squares(out[0][0], inputs.pop(path)))
+        def use(_module: Any, _in: Any, out: tuple[torch.Tensor, ...]) -> None:
+            found_here = outer_squares(out[0][0], inputs.pop(path))
+            for name in names[path]:
+                add(name, _part(found_here, source(name, shape), rows[name]))
+
+        return use
 
     wanted = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     handles = []
@@ -91,14 +101,19 @@ def fisher_diagonal(
             embedded = embedding(text[None]).detach().requires_grad_(True)
             hidden = body(inputs_embeds=embedded, use_cache=False).last_hidden_state
             with torch.no_grad():
-                gradient = (hidden[0] @ head.weight.T).float().softmax(dim=-1)
+                logits = torch.nn.functional.linear(hidden[0], head.weight, getattr(head, "bias", None)).float()
+                cap = shape.logit_soft_cap
+                capped = logits if cap is None else cap * torch.tanh(logits / cap)
+                gradient = capped.softmax(dim=-1)
                 drawn = torch.multinomial(gradient, 1, generator=generator)
                 gradient.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=torch.float32))
+                if cap is not None:
+                    gradient *= 1 - (capped / cap).square()
                 add(head_name, outer_squares(gradient, hidden[0].float()))
                 back = gradient.to(hidden.dtype) @ head.weight
             hidden.backward(back[None])
             assert embedded.grad is not None
-            found["token_embd.weight"].index_add_(0, text, embedded.grad[0].float().square())
+            found["token_embd.weight"].index_add_(0, text, (embedded.grad[0].float() * scale).square())
             done += len(text)
             if progress:
                 progress(done, total)
@@ -108,3 +123,7 @@ def fisher_diagonal(
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(wanted[name])
     return {name: amount / total for name, amount in found.items()}
+
+
+def _part(whole: torch.Tensor, place: Source, count: int) -> torch.Tensor:
+    return whole if place.of is None else whole[place.start : place.start + count]

@@ -164,6 +164,9 @@ class PyTorch:
 def load_model(path: Path) -> Any:
     """The float32 model of a Hugging Face folder, in evaluation mode; its layers may have different widths.
 
+    Where attention has a soft cap (Gemma 2) the model computes it: transformers' default attention leaves it out, which
+    is another model than the one that llama.cpp and ONNX Runtime run.
+
     Raises:
         BadInput: no or pickled weights, weights that do not match the config, or what transformers cannot load.
     """
@@ -180,6 +183,7 @@ def load_model(path: Path) -> Any:
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
+            attn_implementation="eager" if checkpoint.shape.attention_soft_cap else None,
             **local,
             **checkpoint.rope_overrides,
         )
