@@ -123,6 +123,23 @@ def build(config: Any) -> nn.Module:
     return model.eval()
 
 
+def stock_skeleton(config: Any) -> nn.Module:
+    """The stock model of `config` with layers one head and one neuron wide: what surrounds the layers, nearly free.
+
+    Weights are not initialised; `config` is not changed.
+
+    Raises:
+        BadInput: a kind of config that is not supported.
+    """
+    local = copy.deepcopy(config)
+    for key in WIDTHS:
+        setattr(local, key, 1)
+    local.head_dim = shape_of(config).head_dim  # else it would follow from the one head
+    with no_init_weights():
+        skeleton: nn.Module = _stock_class(type(config))(local)
+    return skeleton.eval()
+
+
 def load_checkpoint(folder: str | Path) -> nn.Module:
     """The float32 model of a Hugging Face folder, whether its layers are alike or not, in evaluation mode.
 

@@ -29,6 +29,7 @@ _TORCH_DTYPES = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float1
 
 Progress = Callable[[int, int], None]
 Array = NDArray[np.float32]
+Replaced = Callable[[str], Array | None]
 
 
 def rows_of_heads(heads: tuple[int, ...], head_dim: int) -> NDArray[np.int64]:
@@ -76,14 +77,24 @@ def roles(family: Family, n_layers: int) -> dict[str, tuple[int, str]]:
     }
 
 
-def pruned_tensors(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[str, Array]]:
-    """The tensors of the pruned model, one after the other, by their names in the checkpoint."""
+def pruned_tensors(
+    checkpoint: Checkpoint, plan: PrunePlan, replaced: Replaced | None = None
+) -> Iterator[tuple[str, Array]]:
+    """The tensors of the pruned model, one after the other, by their names in the checkpoint.
+
+    Args:
+        replaced: name -> the tensor to write in place of the cut one, or None to cut.
+    """
     shape = checkpoint.shape
     places = roles(shape.family, len(shape.layers))
     absent = [path for i, layer in enumerate(plan.layers) for path in absent_modules(shape.family, i, layer.widths)]
     gone = tuple(f"{path}." for path in absent)
     for name in checkpoint.names:
         if name.startswith(gone):
+            continue
+        new = replaced(name) if replaced else None
+        if new is not None:
+            yield name, new
             continue
         tensor = checkpoint.tensor(name)
         module = name.rpartition(".")[0]
@@ -109,7 +120,9 @@ def pruned_config(config: dict[str, Any], shape: ModelShape, *, dtype: str | Non
     return {k: v for k, v in config.items() if k not in ("auto_map", "dtype", KEY)} | changed
 
 
-def _save_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, progress: Progress | None) -> None:
+def _save_shards(
+    checkpoint: Checkpoint, plan: PrunePlan, folder: Path, replaced: Replaced | None, progress: Progress | None
+) -> None:
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
     written: list[Path] = []
@@ -121,7 +134,7 @@ def _save_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, progress
         shard.clear()
 
     total = 0
-    for done, (name, tensor) in enumerate(pruned_tensors(checkpoint, plan), start=1):
+    for done, (name, tensor) in enumerate(pruned_tensors(checkpoint, plan, replaced), start=1):
         stored = torch.from_numpy(tensor).to(_TORCH_DTYPES[checkpoint.dtype(name)])
         if shard and sum(t.nbytes for t in shard.values()) + stored.nbytes > _SHARD_BYTES:
             flush()
@@ -137,8 +150,12 @@ def _save_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, progress
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def prune_checkpoint(source: Path, plan: PrunePlan, out: Path, *, progress: Progress | None = None) -> Path:
+def prune_checkpoint(
+    source: Path, plan: PrunePlan, out: Path, *, replaced: Replaced | None = None, progress: Progress | None = None
+) -> Path:
     """Write the pruned checkpoint to the folder `out` (replaced when whole), in the source's number format.
+
+    `replaced` gives weights that compensation has solved anew (see `pruned_tensors`).
 
     Raises:
         BadInput: the plan does not fit the checkpoint, or the disk is full.
@@ -149,7 +166,7 @@ def prune_checkpoint(source: Path, plan: PrunePlan, out: Path, *, progress: Prog
     dtypes = {_TORCH_DTYPES[checkpoint.dtype(name)] for name in checkpoint.names}
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
     with atomic_folder(out) as temporary:
-        _save_shards(checkpoint, plan, temporary, progress)
+        _save_shards(checkpoint, plan, temporary, replaced, progress)
         write_json(temporary / "config.json", pruned_config(checkpoint.config, after, dtype=dtype))
         plan.save(temporary / PLAN_FILE)
         copy_companions(source, temporary)

@@ -1,0 +1,189 @@
+"""Writes a pruned and compensated checkpoint; a run that is interrupted goes on at the layer it had come to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from edgeprune.blocks import LayeredModel
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.errors import BadInput
+from edgeprune.files import atomic_file, read_json, write_json
+from edgeprune.importance import text_hash
+from edgeprune.layerwise import Compensation, PrunedLayer, Streams, prune_layers, start_streams
+from edgeprune.plan import LayerPlan, PrunePlan
+from edgeprune.shape import LayerShape
+from edgeprune.surgery import prune_checkpoint
+
+SCHEMA_VERSION = 1
+_SAVE_EVERY_S = 60.0  # hidden states are saved at most so often: they are large, and a layer is quickly done again
+
+Progress = Callable[[int, int], None]
+Choices = Sequence[LayerShape | LayerPlan]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a plan notes of where it came from."""
+
+    method: str
+    asked_ratio: float
+    model_hash: str
+    text_hash: str
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this processor multiplies it in hardware, else float32."""
+    capabilities = torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else ""  # type: ignore[no-untyped-call]
+    flags = Path("/proc/cpuinfo")
+    known = flags.read_text(encoding="utf-8", errors="replace") if flags.exists() else ""
+    in_hardware = "AVX512" in capabilities and ("avx512_bf16" in known or "amx_bf16" in known)
+    return torch.bfloat16 if in_hardware else torch.float32
+
+
+def prune_compensated(
+    source: Path,
+    ids: torch.Tensor,
+    choices: Choices,
+    how: Compensation,
+    out: Path,
+    *,
+    origin: Origin,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> PrunePlan:
+    """Prune the checkpoint `source` to `choices` with compensation and write it to `out`, whole or not at all.
+
+    What is done of it lies in `out.partial` until then; the same call after an interrupt goes on there.
+
+    Args:
+        source: the dense model's folder.
+        ids: calibration text, (windows, length).
+        choices: for each layer the widths to leave, or just which heads and neurons.
+        how: the compensation.
+        origin: what the plan says of itself.
+        dtype: number format of the matrix products on calibration text; default: `fast_dtype`.
+
+    Returns:
+        The plan, which is also in the folder.
+
+    Raises:
+        BadInput: a checkpoint that does not fit, or a full disk.
+        StageFailed: second moments that cannot be solved with.
+    """
+    model = LayeredModel(Checkpoint(source), dtype=dtype or fast_dtype())
+    if len(choices) != len(model.shape.layers):
+        raise BadInput(f"{len(choices)} widths for a model of {len(model.shape.layers)} layers")
+    work = _Work(out.with_name(f"{out.name}.partial"), _key(model, ids, choices, how, origin))
+    done = work.finished(len(choices))
+    if len(done) < len(choices):
+        streams = work.streams(model, ids, len(done))
+        saved = time.monotonic()
+        for index, layer in enumerate(prune_layers(model, streams, choices, how, start=len(done)), start=len(done)):
+            work.add(index, layer)
+            done.append(layer.plan)
+            last = index + 1 == len(choices)
+            if not last and time.monotonic() - saved > _SAVE_EVERY_S:
+                work.save_streams(index + 1, streams)
+                saved = time.monotonic()
+            if progress:
+                progress(index + 1, len(choices))
+    layers = tuple(done)
+    shape = model.shape
+    reached = 1 - shape.with_layers(tuple(layer.widths for layer in layers)).parameters / shape.parameters
+    plan = PrunePlan(layers, origin.method, origin.asked_ratio, reached, origin.model_hash, origin.text_hash)
+    prune_checkpoint(source, plan, out, replaced=work.replaced(model))
+    shutil.rmtree(work.folder)
+    return plan
+
+
+def _key(model: LayeredModel, ids: torch.Tensor, choices: Choices, how: Compensation, origin: Origin) -> str:
+    described = [asdict(choice) for choice in choices]
+    depends = [SCHEMA_VERSION, origin.model_hash, text_hash(list(ids)), described, asdict(how), str(model.dtype)]
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+
+
+class _Work:
+    """The folder of an unfinished run: plans and weights of the layers done, and hidden states to go on from."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        note = folder / "run.json"
+        if folder.exists() and not (note.exists() and read_json(note).get("key") == key):
+            shutil.rmtree(folder)  # of another model, text or plan
+        folder.mkdir(parents=True, exist_ok=True)
+        if not note.exists():
+            write_json(note, {"key": key})
+
+    def _layer(self, index: int) -> tuple[Path, Path]:
+        return self.folder / f"layer-{index:05d}.json", self.folder / f"layer-{index:05d}.safetensors"
+
+    def _saved_streams(self) -> tuple[int, Path] | None:
+        files = sorted(self.folder.glob("streams-*.safetensors"))
+        return (int(files[-1].stem.partition("-")[2]), files[-1]) if files else None
+
+    def finished(self, count: int) -> list[LayerPlan]:
+        """Plans of the layers that need not be done again: those before the saved hidden states, or all."""
+        plans: list[LayerPlan] = []
+        while (note := self._layer(len(plans))[0]).exists():
+            value: dict[str, Any] = read_json(note)["plan"]
+            plans.append(LayerPlan(**{name: tuple(indices) for name, indices in value.items()}))
+        if len(plans) == count:
+            return plans
+        saved = self._saved_streams()
+        return plans[: saved[0]] if saved else []
+
+    def streams(self, model: LayeredModel, ids: torch.Tensor, start: int) -> Streams:
+        """Hidden states before layer `start`."""
+        streams = start_streams(model, ids, self.folder)
+        saved = self._saved_streams()
+        if start and saved:
+            values = load_file(saved[1])
+            streams.dense.copy_(values["dense"])
+            streams.pruned.copy_(values["pruned"])
+        return streams
+
+    def save_streams(self, start: int, streams: Streams) -> None:
+        """Keep hidden states before layer `start`, and no earlier ones."""
+        path = self.folder / f"streams-{start:05d}.safetensors"
+        with atomic_file(path) as temporary:
+            save_file({"dense": streams.dense, "pruned": streams.pruned}, temporary)
+        for old in self.folder.glob("streams-*.safetensors"):
+            if old != path:
+                old.unlink()
+
+    def add(self, index: int, layer: PrunedLayer) -> None:
+        """Keep what became of a layer."""
+        note, weights = self._layer(index)
+        with atomic_file(weights) as temporary:
+            save_file({role: tensor.contiguous() for role, tensor in layer.tensors.items()}, temporary)
+        write_json(note, {"plan": asdict(layer.plan), "error": layer.error})
+
+    def replaced(self, model: LayeredModel) -> Callable[[str], NDArray[np.float32] | None]:
+        """Name of a tensor -> its new weights, read from the folder one layer at a time."""
+        family = model.family
+        places = {
+            f"{family.in_layer(index, role)}.weight": (index, role)
+            for index in range(len(model.shape.layers))
+            for role in ("output", "down")
+        }
+
+        def find(name: str) -> NDArray[np.float32] | None:
+            if name not in places:
+                return None
+            index, role = places[name]
+            tensor = load_file(self._layer(index)[1]).get(role)
+            return None if tensor is None else tensor.numpy()
+
+        return find

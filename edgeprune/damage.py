@@ -1,0 +1,238 @@
+"""The damage table: what narrowing one half of one layer costs, with everything else dense, measured once.
+
+The damage of an option (a layer's query and key/value heads, or its MLP width) is the KL divergence of the model's
+next-token distributions to the dense model's, in nats per token, on text that the compensation has not seen, after the
+half's projection has been re-solved by least squares. Neither a device nor a budget is in it: any of them is a choice
+from the same table (`allocation`), with no further forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeprune.blocks import HALVES, Block, Half, Head, LayeredModel
+from edgeprune.compensation import Moments, choose_heads, eliminate, rows_of, solve
+from edgeprune.errors import BadInput
+from edgeprune.files import read_json, write_json
+from edgeprune.layerwise import Compensation, Streams, run_half
+from edgeprune.plan import head_options
+from edgeprune.shape import LayerShape
+
+SCHEMA_VERSION = 1
+# Shares of the MLP at which the KL is measured; between them it is interpolated along the loss of the least squares.
+MEASURED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 6, 0.0)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class HeadOption:
+    """Heads left in a layer, and what that costs in nats per token."""
+
+    heads: int
+    kv_heads: int
+    damage: float
+
+
+@dataclass(frozen=True)
+class WidthOption:
+    """Neurons left in a layer, what that costs in nats per token, and the least squares' relative loss."""
+
+    neurons: int
+    damage: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class DamageTable:
+    """Damages of every layer's options; the dense widths are the first of each, at no damage.
+
+    `mlp` holds the widths that were measured, `losses` of each layer the least squares' relative loss at 0, 1, 2 …
+    neurons, along which all other widths are interpolated.
+    """
+
+    attention: tuple[tuple[HeadOption, ...], ...]
+    mlp: tuple[tuple[WidthOption, ...], ...]
+    losses: tuple[tuple[float, ...], ...]
+    model_hash: str
+    text_hash: str
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON."""
+        write_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> DamageTable:
+        """Read what `save` wrote.
+
+        Raises:
+            BadInput: not a table of this version.
+        """
+        value: dict[str, Any] = read_json(path)
+        if value.pop("schema_version", None) != SCHEMA_VERSION:
+            raise BadInput("not a damage table of this version", where=path, remedy="delete it; it is measured again")
+        try:
+            return cls(
+                attention=tuple(tuple(HeadOption(**o) for o in layer) for layer in value.pop("attention")),
+                mlp=tuple(tuple(WidthOption(**o) for o in layer) for layer in value.pop("mlp")),
+                losses=tuple(tuple(layer) for layer in value.pop("losses")),
+                **value,
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise BadInput(f"not a damage table ({error})", where=path, remedy="delete it") from error
+
+    def head_damage(self, layer: int, heads: int, kv_heads: int) -> float:
+        """The damage of leaving so many heads in a layer."""
+        return next(o.damage for o in self.attention[layer] if (o.heads, o.kv_heads) == (heads, kv_heads))
+
+    def mlp_damage(self, layer: int, neurons: int) -> float:
+        """The damage at any width: between two measured widths it follows the least squares' loss."""
+        options = sorted(self.mlp[layer], key=lambda option: option.loss)
+        loss = self.losses[layer][neurons]
+        return float(np.interp(loss, [o.loss for o in options], np.maximum.accumulate([o.damage for o in options])))
+
+
+def divergence(head: Head, residual: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean KL(dense ‖ changed) in nats per token.
+
+    Args:
+        residual: the changed model's residual stream after the last layer, (tokens, hidden).
+        reference: the dense model's log-probabilities, (tokens, vocabulary), float32.
+    """
+    total = 0.0
+    for part, expected in zip(torch.split(residual, 512), torch.split(reference, 512), strict=True):
+        said = torch.log_softmax(head.logits(part), dim=-1)
+        total += float((expected.exp() * (expected - said)).sum(dtype=torch.float64))
+    return total / len(residual)
+
+
+@torch.inference_mode()
+def measure_damage(
+    model: LayeredModel,
+    ids: torch.Tensor,
+    judged: torch.Tensor,
+    how: Compensation,
+    *,
+    model_hash: str = "",
+    text_hash: str = "",
+    progress: Progress | None = None,
+) -> DamageTable:
+    """Measure the damage table.
+
+    All layers are held in memory at once, in the model's number format.
+
+    Args:
+        ids: text for the second moments, (windows, length).
+        judged: other text, on which the KL is measured, (windows, length).
+        how: the compensation; its target is the dense projection's own output, as everything before is dense.
+    """
+    how = Compensation(ridge=how.ridge, stream=0.0, weighted=how.weighted, solved=how.solved)
+    embedded = model.embed(ids)
+    streams = Streams(embedded, embedded)
+    residual = model.embed(judged)
+    blocks = [model.block(index) for index in range(len(model.shape.layers))]
+    head = model.head()
+    reference = torch.log_softmax(head.logits(_through(blocks, residual).flatten(0, 1)), dim=-1)
+    attention, mlp, losses = [], [], []
+    for index, (block, dense) in enumerate(zip(blocks, model.shape.layers, strict=True)):
+        rest = blocks[index + 1 :]
+
+        def judge(after: list[torch.Tensor], rest: list[Block] = rest) -> list[float]:
+            ends = torch.split(_through(rest, torch.cat(after)), len(judged))
+            return [divergence(head, end.flatten(0, 1), reference) for end in ends]
+
+        before = Streams(streams.dense.clone(), streams.dense) if block.family.parallel else streams
+        read = residual
+        moved: dict[Half, torch.Tensor] = {}
+        for half in HALVES:
+            moments = _dense_moments(block, half, streams, before, how)
+            inner = block.inner(half, read)
+            if half == "attention":
+                heads = _head_choices(moments, dense, model.shape.head_dim, how)
+                first = [_moved(block, half, residual, inner, kept, weight) for _, kept, weight in heads]
+                ends = judge([_rest_of_layer(block, x, residual) for x in first])
+                options = [HeadOption(o.heads, o.kv_heads, kl) for (o, _, _), kl in zip(heads, ends, strict=True)]
+                attention.append((HeadOption(dense.heads, dense.kv_heads, 0.0), *options))
+            else:
+                widths, loss = _width_choices(moments, dense, how)
+                ends = judge([_moved(block, half, moved["attention"], inner, kept, w) for _, kept, w in widths])
+                found = [WidthOption(n, kl, loss[n]) for (n, _, _), kl in zip(widths, ends, strict=True)]
+                mlp.append((WidthOption(dense.neurons, 0.0, 0.0), *found))
+                losses.append(tuple(loss))
+            start = residual if half == "attention" else moved["attention"]
+            moved[half] = start + block.added(half, block.projection(half)(inner).float())
+            read = residual if block.family.parallel else moved[half]
+        residual = moved["mlp"]
+        if progress:
+            progress(index + 1, len(blocks))
+    return DamageTable(tuple(attention), tuple(mlp), tuple(losses), model_hash, text_hash)
+
+
+def _dense_moments(block: Block, half: Half, streams: Streams, read: Streams, how: Compensation) -> Moments:
+    """Moments of a half with everything before it dense; the stream is moved past it."""
+    moments = run_half(block, half, streams, read, None, how)
+    assert moments is not None
+    return moments
+
+
+def _moved(
+    block: Block, half: Half, residual: torch.Tensor, inner: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    if not len(kept):
+        return residual
+    said = (inner[..., kept] @ weight.to(inner.dtype).T).float()
+    bias = block.projection(half).bias
+    return residual + block.added(half, said if bias is None else said + bias.float())
+
+
+def _rest_of_layer(block: Block, after_attention: torch.Tensor, began: torch.Tensor) -> torch.Tensor:
+    inner = block.inner("mlp", began if block.family.parallel else after_attention)
+    return after_attention + block.added("mlp", block.projection("mlp")(inner).float())
+
+
+def _through(blocks: Sequence[Block], residual: torch.Tensor) -> torch.Tensor:
+    """The residual stream after `blocks`, a few windows at a time."""
+    ends = []
+    for part in torch.split(residual, max(1, 2048 // residual.shape[1])):
+        for block in blocks:
+            middle = part + block.added(
+                "attention", block.projection("attention")(block.inner("attention", part)).float()
+            )
+            part = _rest_of_layer(block, middle, part)
+        ends.append(part)
+    return torch.cat(ends)
+
+
+def _head_choices(
+    moments: Moments, dense: LayerShape, head_dim: int, how: Compensation
+) -> list[tuple[LayerShape, torch.Tensor, torch.Tensor]]:
+    """Every number of heads below the dense one: widths, kept inputs, weights. No heads at all is the last."""
+    found = []
+    for heads, kv_heads in head_options(dense):
+        left = LayerShape(heads, kv_heads, dense.neurons)
+        if left == dense:
+            continue
+        kept = rows_of(choose_heads(moments, dense, left, head_dim, how.ridge)[1], head_dim)
+        found.append((left, kept, solve(moments, kept, how.ridge)))
+    nothing = torch.empty(0, dtype=torch.int64)
+    return [*found, (LayerShape(0, 0, dense.neurons), nothing, torch.empty(0))]
+
+
+def _width_choices(
+    moments: Moments, dense: LayerShape, how: Compensation
+) -> tuple[list[tuple[int, torch.Tensor, torch.Tensor]], list[float]]:
+    """The measured widths with kept neurons and weights; and the relative loss at 0, 1, 2 … neurons."""
+    order = eliminate(moments, how.ridge, least=0)
+    loss = [order.error(width) for width in range(dense.neurons + 1)]
+    found = []
+    for share in MEASURED_SHARES:
+        width = round(share * dense.neurons)
+        kept = order.kept(width)
+        found.append((width, kept, solve(moments, kept, how.ridge) if width else torch.empty(0)))
+    return found, loss

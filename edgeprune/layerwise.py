@@ -1,0 +1,288 @@
+"""Prunes a model layer after layer with least-squares compensation, one layer in memory beside the hidden states.
+
+Two residual streams run side by side: the dense model's and the pruned one's. Each half of a layer (attention, MLP) is
+run on both; what its projection reads on the pruned stream gives the second moments, and the target lies between what
+that projection would say there ("own") and what brings the pruned stream back to the dense one ("stream"):
+
+    own = W₀ᵀ x,    stream = y + (r - r̃)
+
+with y the dense model's output of the projection and r, r̃ the dense and the pruned residual that it is added to. Errors
+of earlier layers are so made up for by later ones. Where a norm follows the projection (Gemma), no output of it can
+make up for r - r̃, and stream = y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from edgeprune.blocks import HALVES, Block, Half, LayeredModel, projection_role
+from edgeprune.compensation import (
+    Moments,
+    add_moments,
+    choose_heads,
+    eliminate,
+    mirrored,
+    rows_of,
+    solve,
+    token_weights,
+)
+from edgeprune.errors import BadInput
+from edgeprune.plan import LayerPlan
+from edgeprune.shape import LayerShape
+
+_TOKENS_AT_ONCE = 2048
+_IN_MEMORY = 1 << 30  # bytes of one stream of hidden states; larger ones lie on disk
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How kept weights take over what removed ones did.
+
+    Attributes:
+        ridge: λ of the damping towards the old weights, relative to each input's second moment.
+        stream: share of the target that comes from the dense stream; the rest is the projection's own output.
+        weighted: whether tokens are weighed by 1 / RMS² of the residual stream.
+        solved: whether weights change at all; without, pruning only selects.
+    """
+
+    ridge: float = 0.01
+    stream: float = 0.5
+    weighted: bool = True
+    solved: bool = True
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What became of one layer.
+
+    Attributes:
+        plan: what it keeps.
+        tensors: new weights (outputs, kept inputs) of its projections, by role; float32.
+        error: Σ s ‖r̃ - r‖² / Σ s ‖r‖² of the residual after the layer, on the calibration text.
+    """
+
+    plan: LayerPlan
+    tensors: dict[str, torch.Tensor]
+    error: float
+
+
+def packed(texts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    """Texts, (length,) each, one after the other, cut into windows of `length`: (windows, length). The rest is dropped.
+
+    Raises:
+        BadInput: not one window.
+    """
+    joined = torch.cat(list(texts)) if texts else torch.empty(0, dtype=torch.int64)
+    count = len(joined) // length
+    if not count:
+        raise BadInput(f"{len(joined)} calibration tokens do not fill a window of {length}", remedy="give more text")
+    return joined[: count * length].view(count, length)
+
+
+def chunks(windows: int, length: int) -> Iterator[slice]:
+    """Slices of windows of about `_TOKENS_AT_ONCE` tokens."""
+    step = max(1, _TOKENS_AT_ONCE // length)
+    for start in range(0, windows, step):
+        yield slice(start, min(start + step, windows))
+
+
+@dataclass
+class Streams:
+    """Residual streams of the dense and the pruned model, (windows, length, hidden) each, float32."""
+
+    dense: torch.Tensor
+    pruned: torch.Tensor
+
+
+def run_half(
+    block: Block,
+    half: Half,
+    streams: Streams,
+    read: Streams,
+    inner: torch.Tensor | None,
+    how: Compensation | None,
+) -> Moments | None:
+    """Run one half of a layer on both streams; the dense stream is moved past it, the pruned one not yet.
+
+    Args:
+        streams: what the half adds to; `dense` is changed in place.
+        read: what the half reads: `streams` itself, or in a parallel block what the layer began with.
+        inner: receives the projection's input on the pruned stream, (windows, length, inputs). None where both streams
+            are one, the dense one.
+        how: None where nothing is to be pruned: then no moments are taken.
+
+    Returns:
+        The moments of the projection on the pruned stream, in units of the weighted energy of the dense stream after
+        the half.
+    """
+    projection = block.projection(half)
+    outputs, inputs = projection.weight.shape
+    gram = cross = torch.empty(0)
+    if how:
+        gram, cross = torch.zeros(inputs, inputs), torch.zeros(inputs, outputs)
+    scale = 0.0
+    for part in chunks(*streams.dense.shape[:2]):
+        own = block.inner(half, read.dense[part])
+        said = projection(own).float()
+        if inner is not None:
+            own = inner[part] = block.inner(half, read.pruned[part])
+        before = streams.dense[part].clone()
+        added = block.added(half, said)
+        streams.dense[part] += added
+        if how is None:
+            continue
+        weights = _weights(streams.dense[part], said, added) if how.weighted else torch.ones(said.shape[:2])
+        scale += float((weights * streams.dense[part].square().sum(-1)).sum())
+        target = said if block.normed_output else said + before - streams.pruned[part]
+        if projection.bias is not None:
+            target = target - projection.bias.float()
+        x = own.float().flatten(0, 1)
+        weighted = x * weights.flatten()[:, None]
+        add_moments(gram, weighted, x, symmetric=True)
+        add_moments(cross, weighted, target.flatten(0, 1))
+    if how is None:
+        return None
+    whole = mirrored(gram).double()
+    weight = projection.weight.T.double()
+    own = whole @ weight if how.stream < 1 else torch.zeros(())
+    return Moments(whole, how.stream * cross.double() + (1 - how.stream) * own, weight, scale)
+
+
+def _weights(residual: torch.Tensor, said: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """Token weights for errors of the projection's output `said`, of which `added` reaches the residual stream.
+
+    A norm between the two scales an error of `said` as it scales `said` itself.
+    """
+    gain = 1.0 if added is said else added.square().sum(-1) / said.square().sum(-1).clamp_min(1e-30)
+    return gain / residual.square().mean(-1).clamp_min(1e-30)
+
+
+def apply_half(
+    block: Block, half: Half, streams: Streams, inner: torch.Tensor, kept: torch.Tensor | None, weight: torch.Tensor
+) -> None:
+    """Move the pruned stream past a half whose projection keeps the inputs `kept` (None: all) with `weight`."""
+    bias = block.projection(half).bias
+    matrix = weight.to(inner.dtype)
+    for part in chunks(*streams.pruned.shape[:2]):
+        x = inner[part] if kept is None else inner[part][..., kept]
+        said = (x @ matrix.T).float()
+        if bias is not None:
+            said = said + bias.float()
+        streams.pruned[part] += block.added(half, said)
+
+
+@torch.inference_mode()
+def prune_layer(
+    block: Block,
+    index: int,
+    dense: LayerShape,
+    choice: LayerShape | LayerPlan,
+    head_dim: int,
+    streams: Streams,
+    how: Compensation,
+) -> PrunedLayer:
+    """Prune one layer and move both streams past it.
+
+    Args:
+        dense: its widths.
+        choice: widths to leave, for which the best heads and neurons are found; or just which stay.
+
+    Raises:
+        StageFailed: second moments that cannot be solved with.
+    """
+    widths = choice.widths if isinstance(choice, LayerPlan) else choice
+    began = Streams(streams.dense.clone(), streams.pruned.clone()) if block.family.parallel else streams
+    plan = LayerPlan(tuple(range(dense.kv_heads)), tuple(range(dense.heads)), tuple(range(dense.neurons)))
+    tensors: dict[str, torch.Tensor] = {}
+    for half in HALVES:
+        what = f"{half} of layer {index}"
+        projection = block.projection(half)
+        inner = torch.empty(*streams.dense.shape[:2], projection.in_features, dtype=projection.weight.dtype)
+        left = replace(dense, neurons=widths.neurons) if half == "mlp" else replace(widths, neurons=dense.neurons)
+        gone = not (left.neurons if half == "mlp" else left.heads)
+        moments = run_half(block, half, streams, began, inner, None if left == dense or gone else how)
+        if gone:
+            plan = replace(plan, **({"neurons": ()} if half == "mlp" else {"heads": (), "kv_heads": ()}))
+            continue
+        kept, weight = None, projection.weight
+        if moments is not None:
+            plan = _chosen(plan, half, moments, dense, left, choice, head_dim, how, what)
+            kept = torch.tensor(plan.neurons) if half == "mlp" else rows_of(plan.heads, head_dim)
+            weight = solve(moments, kept, how.ridge, what=what) if how.solved else weight[:, kept].float()
+            tensors[projection_role(half)] = weight
+        apply_half(block, half, streams, inner, kept, weight)
+    return PrunedLayer(plan, tensors, _distance(streams))
+
+
+def _chosen(
+    plan: LayerPlan,
+    half: Half,
+    moments: Moments,
+    dense: LayerShape,
+    left: LayerShape,
+    choice: LayerShape | LayerPlan,
+    head_dim: int,
+    how: Compensation,
+    what: str,
+) -> LayerPlan:
+    """`plan` with what a half keeps."""
+    if isinstance(choice, LayerPlan):
+        if half == "mlp":
+            return replace(plan, neurons=choice.neurons)
+        return replace(plan, heads=choice.heads, kv_heads=choice.kv_heads)
+    if half == "mlp":
+        kept = eliminate(moments, how.ridge, least=left.neurons, what=what).kept(left.neurons)
+        return replace(plan, neurons=tuple(kept.tolist()))
+    kv_heads, heads, _ = choose_heads(moments, dense, left, head_dim, how.ridge, what=what)
+    return replace(plan, heads=heads, kv_heads=kv_heads)
+
+
+def _distance(streams: Streams) -> float:
+    """Weighted energy of the difference of the streams over that of the dense one."""
+    difference = energy = 0.0
+    for part in chunks(*streams.dense.shape[:2]):
+        weights = token_weights(streams.dense[part])
+        difference += float((weights * (streams.pruned[part] - streams.dense[part]).square().sum(-1)).sum())
+        energy += float((weights * streams.dense[part].square().sum(-1)).sum())
+    return difference / energy
+
+
+def prune_layers(
+    model: LayeredModel,
+    streams: Streams,
+    choices: Sequence[LayerShape | LayerPlan],
+    how: Compensation,
+    *,
+    start: int = 0,
+) -> Iterator[PrunedLayer]:
+    """Prune a model layer after layer, from layer `start` on.
+
+    Args:
+        streams: hidden states before layer `start`; moved along.
+        choices: for each layer of the model the widths to leave, or just which heads and neurons.
+
+    Yields:
+        What became of each layer, in order; `streams` is then behind it.
+    """
+    for index in range(start, len(choices)):
+        layer = model.shape.layers[index]
+        yield prune_layer(model.block(index), index, layer, choices[index], model.shape.head_dim, streams, how)
+
+
+def start_streams(model: LayeredModel, ids: torch.Tensor, folder: Path) -> Streams:
+    """Both streams before the first layer, on `ids`, (windows, length); large ones lie in files in `folder`."""
+    embedded = model.embed(ids)
+    return Streams(_placed(embedded, folder / "dense.bin"), _placed(embedded, folder / "pruned.bin"))
+
+
+def _placed(values: torch.Tensor, path: Path) -> torch.Tensor:
+    """A copy of `values`, in memory or, where it is large, in a file mapped into memory."""
+    if values.nbytes <= _IN_MEMORY:
+        return values.clone()
+    path.unlink(missing_ok=True)
+    mapped = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
+    return mapped.copy_(values)

@@ -1,0 +1,143 @@
+"""Least squares, elimination and the choice of heads, against literal computations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.compensation import (
+    Moments,
+    add_moments,
+    choose_heads,
+    eliminate,
+    errors_of,
+    mirrored,
+    rows_of,
+    solve,
+    token_weights,
+)
+from edgeprune.errors import StageFailed
+from edgeprune.shape import LayerShape
+
+RIDGE = 0.01
+
+
+def correlated(
+    inputs: int, outputs: int, *, seed: int = 0, tokens: int = 400
+) -> tuple[Moments, torch.Tensor, torch.Tensor]:
+    """Moments of random inputs that partly make up for each other; the inputs; the targets."""
+    generator, tokens = torch.Generator().manual_seed(seed), 400
+    mix = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mix
+    weight = torch.randn(inputs, outputs, generator=generator, dtype=torch.float64)
+    target = x @ weight + 0.1 * torch.randn(tokens, outputs, generator=generator, dtype=torch.float64)
+    return Moments(x.T @ x, x.T @ target, weight, float(target.square().sum())), x, target
+
+
+def damped_loss(
+    moments: Moments, x: torch.Tensor, target: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor
+) -> float:
+    """What `solve` minimises, by its definition; `weight` is (kept, outputs)."""
+    pull = moments.damping(RIDGE)[kept, None] * (weight - moments.weight[kept]).square()
+    return float((target - x[:, kept] @ weight).square().sum() + pull.sum())
+
+
+def test_solution_is_the_ridge_regression() -> None:
+    moments, x, target = correlated(12, 5)
+    kept = torch.tensor([0, 3, 4, 7, 8, 11])
+    root = moments.damping(RIDGE)[kept].sqrt()
+    rows = torch.cat([x[:, kept], torch.diag(root)])
+    wanted = torch.cat([target, root[:, None] * moments.weight[kept]])
+    expected = torch.linalg.lstsq(rows, wanted).solution.T.float()
+    torch.testing.assert_close(solve(moments, kept, RIDGE), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_inputs_with_their_own_output_as_target_keep_their_weights() -> None:
+    moments, _, _ = correlated(10, 4)
+    own = Moments(moments.gram, moments.gram @ moments.weight, moments.weight, moments.scale)
+    torch.testing.assert_close(solve(own, torch.arange(10), RIDGE), moments.weight.T.float())
+
+
+@given(st.integers(0, 1000), st.integers(1, 11), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_elimination_tells_the_loss_of_what_it_keeps(seed: int, least: int, step: int) -> None:
+    moments, x, target = correlated(12, 3, seed=seed)
+    found = eliminate(moments, RIDGE, least=least, step=step)
+    assert sorted(found.order.tolist()) == sorted(set(found.order.tolist()))
+    every = torch.arange(12)
+    full = damped_loss(moments, x, target, every, solve(moments, every, RIDGE).T.double())
+    previous = 0.0
+    for width in range(11, least - 1, -1):
+        kept = found.kept(width)
+        assert len(kept) == width
+        if (12 - width) % step == 0:  # between steps the loss told is that of the whole step
+            lost = damped_loss(moments, x, target, kept, solve(moments, kept, RIDGE).T.double())
+            # The pull on the weights that left counts too: they would have moved from the old ones to nothing.
+            gone = torch.tensor([i for i in range(12) if i not in kept.tolist()])
+            pull = float((moments.damping(RIDGE)[gone, None] * moments.weight[gone].square()).sum())
+            assert found.error(width) == pytest.approx((lost + pull - full) / moments.scale, rel=1e-3, abs=1e-7)
+            assert found.error(width) == pytest.approx(
+                errors_of(moments, [kept], RIDGE, what="a test")[0], rel=1e-6, abs=1e-9
+            )
+        assert found.error(width) >= previous
+        previous = found.error(width)
+
+
+def test_elimination_one_by_one_takes_the_cheapest_each_time() -> None:
+    moments, _, _ = correlated(8, 3, seed=5)
+    found = eliminate(moments, RIDGE, least=3, step=1)
+    left = list(range(8))
+    for gone in found.order.tolist():
+        choices = [[i for i in left if i != j] for j in left]
+        errors = errors_of(moments, [torch.tensor(choice) for choice in choices], RIDGE, what="a test")
+        assert left[min(range(len(left)), key=errors.__getitem__)] == gone
+        left.remove(gone)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (2, 1), (2, 2), (6, 3)])
+def test_heads_are_the_best_of_all_that_grouped_attention_allows(heads: int, kv_heads: int) -> None:
+    dense, head_dim = LayerShape(6, 3, 1), 4
+    moments, _, _ = correlated(24, 5, seed=2)
+    groups, kept, error = choose_heads(moments, dense, LayerShape(heads, kv_heads, 1), head_dim, RIDGE)
+    allowed = [
+        choice
+        for choice in itertools.combinations(range(6), heads)
+        if len({h // 2 for h in choice}) == kv_heads
+        and len({[h // 2 for h in choice].count(h // 2) for h in choice}) == 1
+    ]
+    errors = errors_of(moments, [rows_of(choice, head_dim) for choice in allowed], RIDGE, what="a test")
+    assert error == pytest.approx(min(errors))
+    assert kept in allowed and groups == tuple(sorted({h // 2 for h in kept}))
+
+
+def test_many_heads_leave_greedily_and_evenly() -> None:
+    dense, head_dim = LayerShape(16, 8, 1), 2
+    moments, _, _ = correlated(32, 4, seed=3)
+    groups, kept, error = choose_heads(moments, dense, LayerShape(5, 5, 1), head_dim, RIDGE)
+    assert len(groups) == 5 and [h // 2 for h in kept] == list(groups)
+    assert error == pytest.approx(errors_of(moments, [rows_of(kept, head_dim)], RIDGE, what="a test")[0])
+
+
+def test_moments_that_determine_nothing_are_told() -> None:
+    flat = torch.full((4, 4), -1.0, dtype=torch.float64)
+    moments = Moments(flat, torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64), 1.0)
+    with pytest.raises(StageFailed, match="more calibration text"):
+        solve(moments, torch.arange(4), RIDGE)
+
+
+def test_symmetric_sums_equal_plain_ones() -> None:
+    x = torch.randn(50, 300)
+    total = torch.zeros(300, 300)
+    for part in x.split(20):
+        add_moments(total, part, part, symmetric=True)
+    torch.testing.assert_close(mirrored(total), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_twice_as_large_counts_a_quarter() -> None:
+    weights = token_weights(torch.tensor([[1.0, -1.0], [2.0, -2.0]]))
+    assert weights.mean() == pytest.approx(1.0)
+    assert float(weights[0] / weights[1]) == pytest.approx(4.0)
