@@ -42,6 +42,7 @@ try:
 except ImportError as error:
     raise missing_extra("gguf", "prune") from error
 
+_PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 # Of a source's `general.*` these describe the file, not the model.
 FILE_KEYS = {
     "general.architecture",
@@ -89,11 +90,9 @@ def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16")
     shape = checkpoint.shape
     arch = architecture(shape, where=folder)
     listing = _listing(checkpoint)
-    metadata = {
-        **_general(checkpoint),
-        **_architecture(checkpoint, dtype),
-        **_tokenizer(checkpoint, out),
-    }
+    general = _general(checkpoint)
+    vocabulary = _tokenizer(checkpoint, out, general)
+    metadata = {**general, **_loadable_name(general, vocabulary), **_architecture(checkpoint, dtype), **vocabulary}
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         try:
@@ -238,6 +237,18 @@ def _name(checkpoint: Checkpoint) -> str:
     return Path(named).name if isinstance(named, str) and named else checkpoint.folder.resolve().name
 
 
+def _loadable_name(general: Mapping[str, Value], vocabulary: Mapping[str, Value]) -> dict[str, Value]:
+    """`general.name`, changed where llama.cpp would fail over it.
+
+    By a name with "phi-3" or "phi3" in it llama.cpp knows which special tokens swallow the spaces behind them, and
+    fails if the vocabulary does not have Phi-3's.
+    """
+    name = general["general.name"]
+    if set(vocabulary["tokenizer.ggml.tokens"].value) >= _PHI3_TOKENS:
+        return {"general.name": name}
+    return {"general.name": name._replace(value=re.sub(r"(?i)phi-?3", "Phi 3", str(name.value)))}
+
+
 def _license(folder: Path) -> str | None:
     """The `license:` of a model card's front matter."""
     card = folder / "README.md"
@@ -308,7 +319,7 @@ def _windows(shape: ModelShape, arch: str) -> dict[str, Value]:
     return values
 
 
-def _tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, Value]:
+def _tokenizer(checkpoint: Checkpoint, out: Path, general: Mapping[str, Value]) -> dict[str, Value]:
     source = checkpoint.folder / GGUF_TOKENIZER
     if source.is_file():
         file = GgufFile(source)
@@ -325,9 +336,10 @@ def _tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, Value]:
     from edgeprune.tokenizer_proof import prove_same_ids
 
     values = gguf_vocabulary(checkpoint.folder, checkpoint.shape.vocab)
-    # Proved on the vocabulary alone, before gigabytes of weights are written.
+    # Proved on the vocabulary alone, before gigabytes of weights are written; under its name, by which llama.cpp goes.
+    named = {**_loadable_name(general, values), **values}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".vocabulary.", dir=out.parent) as scratch:
-        trial = write_metadata(Path(scratch) / "vocabulary.gguf", architecture(checkpoint.shape), values)
+        trial = write_metadata(Path(scratch) / "vocabulary.gguf", architecture(checkpoint.shape), named)
         prove_same_ids(trial, checkpoint.folder)
     return values
