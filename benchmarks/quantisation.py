@@ -34,6 +34,7 @@ from edgeprune.calibration import text_set
 from edgeprune.cost import bytes_read_per_token
 from edgeprune.errors import NothingFits
 from edgeprune.export.gguf_imatrix import ImportanceMatrix
+from edgeprune.export.gguf_layout import paired_heads
 from edgeprune.export.gguf_quantise import quantise
 from edgeprune.export.gguf_rows import best_q2_0, dequantise_rows, quantise_rows
 from edgeprune.export.gguf_types import (
@@ -145,12 +146,9 @@ class Bench:
         if not path.exists():
             save_file(fisher_diagonal(self.model, self.calibration.ids[:texts]), path)
         found = {name: values.numpy() for name, values in load_file(path).items()}
-        if self.model.shape.family.permute_qk:
-            for name, values in found.items():
-                if name.startswith("blk."):
-                    layer = self.model.shape.layers[int(name.split(".")[1])]
-                    heads = {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(name.split(".")[2])
-                    found[name] = permute(values, heads) if heads else values
+        for name, values in found.items():
+            if heads := paired_heads(name, self.model.shape):
+                found[name] = permute(values, heads)
         return found
 
 

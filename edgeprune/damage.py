@@ -106,7 +106,7 @@ def divergence(head: Head, residual: torch.Tensor, reference: torch.Tensor) -> f
         reference: the dense model's log-probabilities, (tokens, vocabulary), float32.
     """
     total = 0.0
-    for part, expected in zip(residual.split(512), reference.split(512), strict=True):
+    for part, expected in zip(torch.split(residual, 512), torch.split(reference, 512), strict=True):
         said = torch.log_softmax(head.logits(part), dim=-1)
         total += float((expected.exp() * (expected - said)).sum(dtype=torch.float64))
     return total / len(residual)
@@ -144,7 +144,7 @@ def measure_damage(
         rest = blocks[index + 1 :]
 
         def judge(after: list[torch.Tensor], rest: list[Block] = rest) -> list[float]:
-            ends = _through(rest, torch.cat(after)).split(len(judged))
+            ends = torch.split(_through(rest, torch.cat(after)), len(judged))
             return [divergence(head, end.flatten(0, 1), reference) for end in ends]
 
         before = Streams(streams.dense.clone(), streams.dense) if block.family.parallel else streams
@@ -199,7 +199,7 @@ def _rest_of_layer(block: Block, after_attention: torch.Tensor, began: torch.Ten
 def _through(blocks: Sequence[Block], residual: torch.Tensor) -> torch.Tensor:
     """The residual stream after `blocks`, a few windows at a time."""
     ends = []
-    for part in residual.split(max(1, 2048 // residual.shape[1])):
+    for part in torch.split(residual, max(1, 2048 // residual.shape[1])):
         for block in blocks:
             middle = part + block.added(
                 "attention", block.projection("attention")(block.inner("attention", part)).float()

@@ -15,8 +15,8 @@ import torch
 
 from edgeprune.calibration import TextSet, text_set
 from edgeprune.errors import BadInput
-from edgeprune.export.gguf_imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from edgeprune.export.gguf_deci import is_filler
+from edgeprune.export.gguf_imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from edgeprune.export.gguf_layout import module_name
 from edgeprune.export.gguf_types import tensors
 from edgeprune.files import cache_dir
@@ -88,9 +88,7 @@ def importance_matrix(
             if progress:
                 progress(done, total)
     values = {name: (found / total).numpy().astype(np.float32) for name, found in sums.items()}
-    values |= {
-        name: np.ones(columns, dtype=np.float32) for name, columns in every.items() if is_filler(name, shape)
-    }
+    values |= {name: np.ones(columns, dtype=np.float32) for name, columns in every.items() if is_filler(name, shape)}
     return ImportanceMatrix(values, total, text_hash(texts), model.hash, source)
 
 

@@ -69,8 +69,8 @@ def test_the_table_names_every_tensor_of_the_real_class(name: str, tiny: Tiny) -
 def stock_logits(folder: Path) -> torch.Tensor:
     """Logits by stock transformers, which must find every weight where it looks for it."""
     module, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
+        folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )  # eager attention is the one that has soft caps
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
     with torch.inference_mode():
         return module.eval()(IDS).logits[0]

@@ -12,20 +12,24 @@ from family_configs import TINY, save_tiny
 from edgeprune import load_checkpoint
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
-from edgeprune.export.gguf_layout import architecture
+from edgeprune.export.gguf_deci import is_filler
+from edgeprune.export.gguf_layout import architecture, tensors
 from edgeprune.export.gguf_quantise import quantise, tensor_types
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.export.onnx_graph import export_onnx
 from edgeprune.gguf_checkpoint import gguf_to_folder
+from edgeprune.imatrix import importance_matrix
 from edgeprune.models import load
 from edgeprune.plan import LayerPlan, PrunePlan
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.runtimes.ort import OnnxRuntime
+from edgeprune.sensitivity import fisher_diagonal
 from edgeprune.shape import ModelShape
 from edgeprune.surgery import prune_checkpoint
 
 IDS = torch.arange(1, 41)[None]
+TOLERANCE = 2e-4  # of the largest logit
 # What llama.cpp has an architecture for.
 IN_GGUF = ("llama", "mistral", "mistral-window", "qwen2", "qwen2-untied", "phi3")
 
@@ -74,7 +78,10 @@ def logits(model: torch.nn.Module) -> np.ndarray:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, np.ndarray]:
     """Name, pruned folder and the logits it must have."""
     base = tmp_path_factory.mktemp("family")
-    dense = save_tiny(base / "dense", request.param, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+    # Heads, and what is rotated of them, are 16 wide at least: what ONNX Runtime's attention takes.
+    hidden = 512 if request.param == "phi-grouped" else 256
+    widths = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": hidden}
+    dense = save_tiny(base / "dense", request.param, **widths)
     plan = differing_plan(Checkpoint(dense).shape)
     return request.param, prune_checkpoint(dense, plan, base / "pruned"), silenced(dense, plan)
 
@@ -94,15 +101,13 @@ def test_llamacpp(case: tuple[str, Path, np.ndarray], tmp_path: Path) -> None:
     name, folder, expected = case
     path = tmp_path / "m.gguf"
     if name not in IN_GGUF:
-        with pytest.raises(BadInput, match=r"cannot hold this model.*uniform"):
-            write_gguf(folder, path, dtype="F32")
-        return
+        pytest.skip("llama.cpp has no architecture for it: test_what_llamacpp_cannot_hold_is_refused")
     write_gguf(folder, path, dtype="F32")
     shape = Checkpoint(folder).shape
     assert GgufFile(path).architecture == architecture(shape) == "deci"
-    spread = np.abs(expected).max()
     with LlamaCpp(path, n_ctx=64, threads=1, exact=True) as runtime:
-        np.testing.assert_allclose(runtime.forward(IDS[0].tolist()), expected, atol=1e-4 * spread)
+        found = runtime.forward(IDS[0].tolist())
+    assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
     back = gguf_to_folder(path, tmp_path / "back")
     assert Checkpoint(back).shape.layers == shape.layers
     np.testing.assert_allclose(logits(load_checkpoint(back)), expected, atol=1e-5, rtol=1e-4)
@@ -110,13 +115,37 @@ def test_llamacpp(case: tuple[str, Path, np.ndarray], tmp_path: Path) -> None:
     assert {n: t.type for n, t in GgufFile(small).tensors.items()} == tensor_types(shape, "Q4_K_M")
 
 
+def test_every_quantised_weight_has_an_importance(case: tuple[str, Path, np.ndarray], tmp_path: Path) -> None:
+    """Fused matrices are several in the file, and MLPs of zeros are in the file alone."""
+    name, folder, _ = case
+    if name not in IN_GGUF:
+        pytest.skip("llama.cpp has no architecture for it: test_what_llamacpp_cannot_hold_is_refused")
+    model = load(folder)
+    matrices = {tensor.name: tensor.shape for tensor in tensors(model.shape) if len(tensor.shape) > 1}
+    matrix = importance_matrix(model, [IDS[0]])
+    head = {"token_embd.weight"} if not model.shape.tied else set()  # which no product has as its weight
+    assert {key: len(values) for key, values in matrix.values.items()} == {
+        key: shape[-1] for key, shape in matrices.items() if key not in head
+    }
+    fisher = fisher_diagonal(model, [IDS[0]])
+    own = {key: shape for key, shape in matrices.items() if not is_filler(key, model.shape)}
+    assert {key: tuple(values.shape) for key, values in fisher.items()} == own
+    full = write_gguf(folder, tmp_path / "full.gguf", dtype="F32")
+    small = quantise(full, tmp_path / "small.gguf", kind="IQ2_XXS:imatrix", threads=1, imatrix=matrix)
+    assert {n: t.type for n, t in GgufFile(small).tensors.items()} == tensor_types(model.shape, "IQ2_XXS:imatrix")
+
+
+def test_what_llamacpp_cannot_hold_is_refused(case: tuple[str, Path, np.ndarray], tmp_path: Path) -> None:
+    name, folder, _ = case
+    if name in IN_GGUF:
+        pytest.skip("llama.cpp has an architecture for it: test_llamacpp")
+    with pytest.raises(BadInput, match=r"cannot hold this model.*uniform"):
+        write_gguf(folder, tmp_path / "m.gguf", dtype="F32")
+
+
 def test_onnxruntime(case: tuple[str, Path, np.ndarray], tmp_path: Path) -> None:
     _, folder, expected = case
-    try:
-        out = export_onnx(folder, tmp_path / "onnx", precision="fp32")
-    except BadInput as error:
-        assert "head size" in str(error)  # a limit of the attention operator, whatever the widths
-        return
+    out = export_onnx(folder, tmp_path / "onnx", precision="fp32")
     runtime = OnnxRuntime(out, n_ctx=64, threads=1)
     found = np.concatenate([runtime.forward(IDS[0, :25].numpy()), runtime.forward(IDS[0, 25:].numpy())])
-    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+    assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()

@@ -99,9 +99,7 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
         prune_compensated(*args, tmp_path / "out", origin=ORIGIN, dtype=EXACT, progress=stop)
     assert not (tmp_path / "out").exists()
     again: list[int] = []
-    prune_compensated(
-        *args, tmp_path / "out", origin=ORIGIN, dtype=EXACT, progress=lambda done, _: again.append(done)
-    )
+    prune_compensated(*args, tmp_path / "out", origin=ORIGIN, dtype=EXACT, progress=lambda done, _: again.append(done))
     assert seen == [1, 2] and again == [3]
     prune_compensated(*args, tmp_path / "whole", origin=ORIGIN, dtype=EXACT)
     resumed, whole = (load_model(tmp_path / name).state_dict() for name in ("out", "whole"))

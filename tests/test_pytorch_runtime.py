@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from family_configs import save_tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
+from edgeprune.plan import LayerPlan, PrunePlan
 from edgeprune.runtimes import open_runtime, runtime_for
 from edgeprune.runtimes.base import generate
-from edgeprune.runtimes.pytorch import PyTorch
+from edgeprune.runtimes.pytorch import PyTorch, load_model
+from edgeprune.surgery import prune_checkpoint
 
 N_CTX = 48
 
@@ -161,6 +166,27 @@ def test_head_width_and_tied_head_of_a_pruned_model(tmp_path: Path) -> None:
         expected = tiny(**changes)(input_ids=torch.tensor([tokens(6)])).logits[0].numpy()
     logits = PyTorch(tmp_path, n_ctx=16, threads=1).forward(tokens(6))
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("widths", ["alike", "differing"])
+def test_a_soft_cap_of_attention_is_computed(widths: str, tmp_path: Path) -> None:
+    """As llama.cpp and ONNX Runtime do; transformers' default attention leaves it out."""
+    folder = save_tiny(tmp_path / "m", "gemma2", attn_logit_softcapping=0.5, initializer_range=0.3)
+    if widths == "differing":
+        dense = Checkpoint(folder).shape.layers[0]
+        whole = LayerPlan(tuple(range(dense.kv_heads)), tuple(range(dense.heads)), tuple(range(dense.neurons)))
+        plan = PrunePlan((whole, whole, replace(whole, neurons=(1, 4, 9))), "hand", 0.0, 0.0, "", "")
+        folder = prune_checkpoint(folder, plan, tmp_path / "pruned")
+    ids = tokens(12)
+    found = PyTorch(folder, n_ctx=16, threads=1).forward(ids)
+    module = load_model(folder)
+    by_kind = {}
+    for kind in ("eager", "sdpa"):
+        module.set_attn_implementation(kind)
+        with torch.no_grad():
+            by_kind[kind] = module(input_ids=torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_array_equal(found, by_kind["eager"])
+    assert np.abs(found - by_kind["sdpa"]).max() > 0.05 * np.abs(found).max()
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
