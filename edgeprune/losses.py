@@ -147,14 +147,15 @@ class _Distillation(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += logits.sum(dim=0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        kl, ce = (kl / n).to(torch.promote_types(hidden.dtype, torch.float32)), (ce / n).to(
-            torch.promote_types(hidden.dtype, torch.float32)
+        kl, ce = (
+            (kl / n).to(torch.promote_types(hidden.dtype, torch.float32)),
+            (ce / n).to(torch.promote_types(hidden.dtype, torch.float32)),
         )
         ctx.mark_non_differentiable(kl, ce)
         return mix.kl * kl + mix.ce * ce, kl, ce
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
 
@@ -192,7 +193,7 @@ def distillation(
     Returns:
         The loss, which can be differentiated, and KL and cross-entropy, which cannot.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Distillation.apply(
+    result: tuple[Tensor, Tensor, Tensor] = _Distillation.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, labels, teacher, mix, head.softcap
     )
     return result
@@ -203,7 +204,7 @@ def divergence(hidden: Tensor, head: Head, labels: Tensor, teacher: TopK) -> tup
     """Sums over tokens of KL_K and cross-entropy, without gradients; arguments as `distillation`."""
     kl = ce = 0.0
     for block in head.blocks(len(hidden), hidden.element_size()):
-        for rows, raw in zip(hidden[block].split(_ROWS), _rows(block), strict=True):
+        for rows, raw in zip(torch.split(hidden[block], _ROWS), _rows(block), strict=True):
             probs = head.probs(head.raw(rows))
             part = TopK(teacher.ids[raw], teacher.probs[raw], teacher.rest[raw])
             kl += float(bucket_kl(probs, part).sum())

@@ -13,9 +13,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ from edgeprune.calibration import self_generated
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed, missing_extra, unknown
 from edgeprune.files import atomic_folder, cache_dir, write_json
-from edgeprune.losses import Mix, TopK
+from edgeprune.losses import TopK
 from edgeprune.models import load
 from edgeprune.packing import Windows, hold_out, order, pack
+from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
 from edgeprune.recovery_state import Held, State, restore, save
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 from edgeprune.teacher import TeacherCache
-from edgeprune.trainee import LowRank, Trainee
+from edgeprune.trainee import Trainee
 from edgeprune.training import Clock, Decoder, Learner, MasterAdamW, number_format, rate_share
 
 SCHEMA_VERSION = 1
@@ -42,97 +43,7 @@ _OWN_LENGTH = 512  # tokens of a text that the teacher writes itself
 _OWN_PER_SECOND = 80  # tokens it writes for each second of training: about a fifth of the time on two cores
 _SAMPLE = 20_000  # characters on which two tokenizers must agree
 
-Method = Literal["distil", "lora"]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        mix: weights of KL to the teacher and of cross-entropy.
-        low_rank: LoRA instead of all weights.
-        freeze_embedding: leave embedding and head as they are.
-        length: tokens a window.
-        batch: windows a step, over all devices.
-        micro_tokens: tokens of one pass through the model on one device; a step has as many passes as it needs.
-        rate: peak learning rate; None chooses it by the steps there will be (`peak_rate`).
-        warmup: share of the run in which the rate rises.
-        betas, decay, clip: AdamW's, and the most that the gradient's norm may be.
-        top_k: tokens of the teacher that are kept a position.
-        held_out: windows to judge on.
-        checkpoint_s: seconds between judging and saving the state.
-        max_steps: ends the run by steps instead of time.
-    """
-
-    mix: Mix = Mix()
-    low_rank: LowRank | None = None
-    freeze_embedding: bool = False
-    length: int = 256
-    batch: int = 4
-    micro_tokens: int = 1024
-    rate: float | None = None
-    warmup: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    decay: float = 0.0
-    clip: float = 1.0
-    top_k: int = 64
-    held_out: int = 32
-    checkpoint_s: float = 300.0
-    max_steps: int | None = None
-
-
-# AMP's own (arXiv 2504.21174): LoRA with r = 8, alpha 16, dropout .05 on every projection, rate 3e-4, 512 tokens,
-# 16 texts a step, cross-entropy alone.
-RECIPES: dict[str, Recipe] = {
-    "distil": Recipe(),
-    "lora": Recipe(
-        mix=Mix(kl=0.0, ce=1.0), low_rank=LowRank(), length=512, batch=16, rate=3e-4, betas=(0.9, 0.999), held_out=16
-    ),
-}
-
-
-@dataclass(frozen=True)
-class RecoveryResult:
-    """What came of a recovery.
-
-    Attributes:
-        out: the folder written.
-        method: "distil" or "lora".
-        steps, tokens, seconds: of the whole run; tokens are those trained on.
-        tokens_per_s: tokens by the seconds spent in steps, the teacher's included.
-        teacher_s: of those seconds, the ones spent in computing the teacher's distributions.
-        skipped: steps left out because a gradient was not finite.
-        before, after: held-out KL to the teacher (over its top k and the rest) and cross-entropy, nats a token.
-        best_step: the step whose weights were written.
-        cache: where the teacher's records are, and their bytes a token.
-        history: loss, KL and cross-entropy over the run.
-    """
-
-    out: Path
-    method: str
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_s: float
-    teacher_s: float
-    skipped: int
-    before: Held
-    after: Held
-    best_step: int
-    cache: Path
-    cache_bytes_per_token: float
-    history: tuple[dict[str, Any], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object."""
-        return asdict(self) | {"out": str(self.out), "cache": str(self.cache)}
-
-
-def peak_rate(steps: float) -> float:
-    """The peak learning rate for a run of so many steps."""
-    return 3e-4
 
 
 def recover(
@@ -232,6 +143,10 @@ class _Run:
             dtype=dtype,
             batch=self.micro,
         )
+        most = (
+            f"at most {self.records.most_bytes / (1 << 20):.0f} MiB ({self.records.bytes_per_token:.0f} bytes a token)"
+        )
+        say(f"teacher's records in {self.records.folder}: {most}", 0, 0)
         say("loading the student", 0, 0)
         torch.manual_seed(seed)  # of the adapters' first values and of dropout
         self.trainee = Trainee(
@@ -295,7 +210,7 @@ class _Run:
         chosen = order(self.training, state.position, recipe.batch, self.seed)
         mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
         figures = torch.zeros(3)
-        for part in mine.split(self.micro):
+        for part in torch.split(mine, self.micro):
             share = len(part) / len(mine)
             loss, kl, ce = self.wrapped(self.windows.ids[part].to(self.accelerator.device), *self._teach(part))
             loss.backward()
@@ -351,7 +266,7 @@ class _Run:
     def _judge(self) -> Held:
         """The student on the held-out windows."""
         kl = ce = 0.0
-        for part in self.held.split(self.micro):
+        for part in torch.split(self.held, self.micro):
             windows = self.windows.ids[part].to(self.accelerator.device)
             sums = self.learner.judge(windows, self._records_of(part))
             kl, ce = kl + sums[0], ce + sums[1]
@@ -395,7 +310,7 @@ class _Run:
             after=cast("Held", state.best),
             best_step=state.best_step,
             cache=self.records.folder,
-            cache_bytes_per_token=self.records.bytes_per_token,
+            cache_mib=self.records.bytes_on_disk / (1 << 20),
             history=tuple(state.history),
         )
         if self.accelerator.is_main_process:

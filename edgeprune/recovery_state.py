@@ -98,7 +98,7 @@ def restore(path: Path, key: str) -> tuple[State, dict[str, Tensor], dict[str, T
             state = State.from_json((file.metadata() or {})[_FIELDS])
             if state.key != key:
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dictionary
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             torch.set_rng_state(tensors.pop(_RANDOM))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(

@@ -82,7 +82,9 @@ class TeacherCache:
                 fields = dict(zip(("schema_version", "teacher", "text", "k", "dtype"), parts, strict=True))
                 write_json(self.folder / "teacher.json", fields | {"windows": len(windows), "length": windows.length})
             # Not opened for writing in one go: another process may hold records in them already.
-            handles = [os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in ("records.bin", "done.bin")]
+            handles = [
+                os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in ("records.bin", "done.bin")
+            ]
         self._records, self._done = handles
         self.computed = 0  # records computed by this object
 
@@ -95,6 +97,11 @@ class TeacherCache:
     def most_bytes(self) -> int:
         """Bytes on disk when every window has its record."""
         return self._type.itemsize * len(self._windows)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes that the records take now; those not yet computed take none on most file systems."""
+        return sum(512 * os.fstat(handle).st_blocks for handle in (self._records, self._done))
 
     def get(self, indices: Tensor) -> TopK:
         """The distributions at all positions of the windows `indices`, (B,): N = B · length rows, float32, on the CPU.
@@ -130,7 +137,7 @@ class TeacherCache:
         ids = self._windows.ids[indices, :-1].to(teacher.device)  # (B, length)
         hidden = teacher.hidden(ids)  # (B · length, hidden)
         kept, probs, rest = [], [], []
-        for rows in hidden.split(_ROWS):
+        for rows in torch.split(hidden, _ROWS):
             part = top_k(teacher.head.probs(teacher.head.raw(rows)), self._k)
             kept.append(part.ids.cpu())
             probs.append(part.probs.cpu())

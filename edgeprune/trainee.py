@@ -57,7 +57,7 @@ class Trainee:
         self._folder = folder
         self._prefix = f"{model.base_model_prefix}."
         # Before adapters change names; the names of tied tensors lead to one parameter.
-        self._places = {name: value for name, value in model.state_dict(keep_vars=True).items()}
+        self._places = dict(model.state_dict(keep_vars=True))
         self._low_rank = low_rank
         if low_rank is not None:
             _add_adapters(model, low_rank)

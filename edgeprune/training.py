@@ -3,6 +3,7 @@ and head, float32 masters of low-precision weights, and the learning rate over a
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ _EAGER_BELOW = 512  # window length up to which plain attention beats torch's fu
 _LEAST_SHARE = 0.01  # of the peak rate, so that the first step moves at all
 
 
+@functools.cache
 def number_format(device: torch.device) -> torch.dtype:
     """bfloat16 where this processor multiplies it faster than float32 (measured in about 20 ms), else float32."""
     if device.type == "cuda":
