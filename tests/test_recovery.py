@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SENTENCES, MakeLlama
+from conftest import SENTENCES, MakeLlama, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed
+from edgeprune.losses import Mix
 from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.plan import uniform_plan
 from edgeprune.recipe import RECIPES, Recipe
@@ -32,7 +33,8 @@ from edgeprune.training import Decoder, MasterAdamW, rate_share
 from edgeprune.weights import write_like
 
 TEXT = ["".join(SENTENCES[(7 * i + j * j) % len(SENTENCES)] + " " for j in range(9)) for i in range(20)]
-QUICK = replace(RECIPES["distil"], length=32, rate=3e-3, top_k=16, held_out=8, max_steps=24)
+# A random teacher knows nothing of the text, so the text's own tokens would lead away from it.
+QUICK = replace(RECIPES["distil"], mix=Mix(1.0, 0.0), length=32, rate=3e-3, top_k=16, held_out=8, max_steps=24)
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +47,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA whose distributions are sharper than those of the usual one: there is more to learn."""
+    return save_llama(tmp_path_factory.mktemp("teacher") / "llama", initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
 def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_folder` without four of its ten parts, chosen at random."""
+    """`tiny_folder` without three tenths of its parameters, chosen at random."""
     shape = Checkpoint(tiny_folder).shape
     rng = np.random.default_rng(0)
     heads, neurons = [rng.random(w.heads) for w in shape.layers], [rng.random(w.neurons) for w in shape.layers]
@@ -219,9 +227,11 @@ def test_a_teacher_of_another_vocabulary_is_refused(student: Path, make_llama: M
     other = make_llama(vocab_size=400)
     with pytest.raises(BadInput, match=r"another vocabulary \(400 entries"):
         run(student, other, tmp_path / "out")
-    renamed = make_llama()  # as many entries, other words
-    text = (renamed / "tokenizer.json").read_text(encoding="utf-8")
-    (renamed / "tokenizer.json").write_text(text.replace("Ġthe", "Ġeht"), encoding="utf-8")
+    renamed = make_llama()  # as many entries, two of them exchanged
+    content = json.loads((renamed / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (renamed / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(BadInput, match="another vocabulary"):
         run(student, renamed, tmp_path / "out")
 
@@ -243,7 +253,10 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
         optimizer.step(1e-4, most=1.0)
         assert torch.equal(before, optimizer.masters["w"]) is not moved
     # Two steps of 1e-4 are less than bfloat16's spacing below 1, 0.4 %: only the master has them.
-    assert float(optimizer.masters["w"][0]) == pytest.approx(1 - 2e-4, abs=2e-5) and float(parameter[0]) == 1.0
+    assert (
+        float(optimizer.masters["w"].detach()[0]) == pytest.approx(1 - 2e-4, abs=2e-5)
+        and float(parameter.detach()[0]) == 1.0
+    )
 
 
 def test_the_rate_rises_and_falls() -> None:
@@ -323,11 +336,15 @@ def test_a_full_disk_is_one_line(
 
 
 def test_windows_hold_all_of_the_text_once(tiny_folder: Path, windows: Windows) -> None:
-    ids = load_tokenizer(tiny_folder)("\n\n".join(TEXT), add_special_tokens=False)["input_ids"]
+    tokenizer = load_tokenizer(tiny_folder)
+    stream = [windows.ids[0, 0].item(), *windows.ids[:, 1:].flatten().tolist()]
     assert (windows.ids[1:, 0] == windows.ids[:-1, -1]).all() and windows.length == 32
-    targets = windows.ids[:, 1:].flatten().tolist()
-    n = len(ids)
-    assert n - 32 <= len(targets) < n and sorted(targets) == sorted(ids[1 : len(targets) + 1])
+    text = "\n\n".join(TEXT)
+    decoded = tokenizer.decode(stream, clean_up_tokenization_spaces=False)
+    assert text.startswith(decoded.rstrip("\ufffd"))
+    lengths = [len(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in ("\n\n", *TEXT)]
+    total = sum(lengths) + lengths[0] * (len(TEXT) - 2)
+    assert total - 32 <= len(stream) <= total
 
 
 def test_bos_begins_every_window_where_it_begins_a_text(tiny_folder: Path) -> None:
