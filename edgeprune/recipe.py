@@ -22,7 +22,7 @@ class Recipe:
         low_rank: LoRA instead of all weights.
         freeze_embedding: leave embedding and head as they are.
         length: tokens a window.
-        batch: windows a step, over all devices.
+        batch: windows a step, over all devices; rounded up so that each device has as many.
         micro_tokens: tokens of one pass through the model on one device; a step has as many passes as it needs.
         rate: peak learning rate; None chooses it by the steps there will be (`peak_rate`).
         warmup: share of the run in which the rate rises.
@@ -98,5 +98,9 @@ class RecoveryResult:
 
 
 def peak_rate(steps: float) -> float:
-    """The peak learning rate for a run of so many steps."""
-    return 3e-4
+    """The peak learning rate for a run of so many steps: 3e-4 at 1,000, and by the power -0.32 of the steps elsewhere.
+
+    The exponent is that of the best rate against the token horizon in pre-training (arXiv 2409.19913); the anchor is
+    the usual rate of fine-tuning small models. Bounded, since neither says much about far shorter or longer runs.
+    """
+    return min(1e-3, max(1e-4, 3e-4 * (max(steps, 1.0) / 1000) ** -0.32))

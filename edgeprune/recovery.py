@@ -130,6 +130,8 @@ class _Run:
         self.training, self.held = hold_out(len(windows), recipe.held_out)
         device: torch.device = accelerator.device
         dtype = number_format(device)
+        processes = accelerator.num_processes
+        self.batch = -(-recipe.batch // processes) * processes
         self.micro = max(1, recipe.micro_tokens // recipe.length)  # windows a pass
         dense = Checkpoint(teacher)
         identity = dense.hash()
@@ -207,7 +209,7 @@ class _Run:
         started = time.perf_counter()
         state, recipe = self.state, self.recipe
         rate = self._rate()
-        chosen = order(self.training, state.position, recipe.batch, self.seed)
+        chosen = order(self.training, state.position, self.batch, self.seed)
         mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
         figures = torch.zeros(3)
         for part in torch.split(mine, self.micro):
@@ -218,8 +220,8 @@ class _Run:
             figures += share * torch.stack([loss.detach(), kl, ce]).cpu()
         finite = math.isfinite(self.optimizer.step(rate, recipe.clip))
         state.steps += 1
-        state.position += recipe.batch
-        state.tokens += recipe.batch * recipe.length
+        state.position += self.batch
+        state.tokens += self.batch * recipe.length
         state.training_s += time.perf_counter() - started
         self._count_skipped(finite)
         if finite:

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import typer
 from conftest import SENTENCES, MakeLlama, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.cli_recover import recover as command
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.losses import Mix
 from edgeprune.packing import Windows, hold_out, order, pack
@@ -195,6 +198,20 @@ def test_number_formats_stay(make_llama: MakeLlama, tmp_path: Path) -> None:
 def test_time_ends_a_run(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
     result = run(student, tiny_folder, tmp_path / "out", replace(QUICK, max_steps=None), seconds=3.0)
     assert result.steps > 0 and result.seconds >= 3.0
+
+
+def test_the_command(student: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in TEXT), encoding="utf-8")
+    app = typer.Typer()
+    app.command()(command)
+    arguments = [str(student), "--teacher", str(tiny_folder), "--text", str(text), "--length", "32", "--json"]
+    found = CliRunner().invoke(app, [*arguments, "--time", "2s", "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["steps"] > 0 and (tmp_path / "out" / "model.safetensors").exists()
+    wrong = CliRunner().invoke(app, [*arguments, "--time", "soon", "--out", str(tmp_path / "out")])
+    assert isinstance(wrong.exception, BadInput) and "no duration" in str(wrong.exception)
 
 
 def test_without_text_the_teacher_writes_it(
