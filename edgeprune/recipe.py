@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -103,4 +104,4 @@ def peak_rate(steps: float) -> float:
     The exponent is that of the best rate against the token horizon in pre-training (arXiv 2409.19913); the anchor is
     the usual rate of fine-tuning small models. Bounded, since neither says much about far shorter or longer runs.
     """
-    return min(1e-3, max(1e-4, 3e-4 * (max(steps, 1.0) / 1000) ** -0.32))
+    return min(1e-3, max(1e-4, 3e-4 * math.pow(max(steps, 1.0) / 1000, -0.32)))
