@@ -196,11 +196,7 @@ class LayeredModel:
             raise BadInput(f"transformers cannot read the config ({error})", where=checkpoint.folder) from error
         self.config._attn_implementation = "eager" if self.shape.attention_soft_cap else "sdpa"
         self._skeleton = stock_skeleton(self.config)
-<<<<<<< HEAD
-        layers = self._skeleton.get_submodule(self.family.layers)
-=======
         layers: Any = self._skeleton.get_submodule(self.family.layers)
->>>>>>> integration
         self._recorders = [_Recorder(layer) for layer in layers]
         self._skeleton.set_submodule(self.family.layers, nn.ModuleList(self._recorders))
         self._calls: list[dict[str, Any]] = []

@@ -135,6 +135,10 @@ class Checkpoint:
         """Names of all tensors."""
         return list(self._entries)
 
+    def names_in(self, file: Path) -> list[str]:
+        """Names of the tensors that one of `files` holds."""
+        return [name for name, entry in self._entries.items() if entry.file == file]
+
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 

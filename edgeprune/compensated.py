@@ -41,15 +41,12 @@ class Origin:
     asked_ratio: float
     model_hash: str
     text_hash: str
+    text_hash: str
 
 
 def fast_dtype() -> torch.dtype:
     """bfloat16 where this processor multiplies it in hardware, else float32."""
-<<<<<<< HEAD
-    capabilities = torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else ""
-=======
     capabilities = torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else ""  # type: ignore[no-untyped-call]
->>>>>>> integration
     flags = Path("/proc/cpuinfo")
     known = flags.read_text(encoding="utf-8", errors="replace") if flags.exists() else ""
     in_hardware = "AVX512" in capabilities and ("avx512_bf16" in known or "amx_bf16" in known)

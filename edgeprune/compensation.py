@@ -104,10 +104,7 @@ def factored(matrix: torch.Tensor, what: str) -> torch.Tensor:
         StageFailed: it is not positive definite, or so ill-conditioned that a solution would mean nothing.
     """
     diagonal = matrix.diagonal().clone()
-<<<<<<< HEAD
-=======
     factor: torch.Tensor
->>>>>>> integration
     factor, info = torch.linalg.cholesky_ex(matrix, out=(matrix, torch.empty(0, dtype=torch.int32)))
     # How much of each input the ones before it do not explain already. Cholesky does not mind how inputs are scaled,
     # so the condition that counts is that of the correlations; this is near it in practice.

@@ -61,6 +61,8 @@ EXTRAS = {
     "optimum": "optimum",
     "lm_eval": "eval",
     "datasets": "eval",
+    "peft": "recover",
+    "accelerate": "recover",
 }
 
 

@@ -66,6 +66,18 @@ def _disk_errors(path: Path, folder: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a disk that is full or cannot be written to, met while writing in or making `folder`, into one line.
+
+    Raises:
+        BadInput: as said.
+    """
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    with _disk_errors(folder, existing):
+        yield
+
+
 def _parent(path: Path) -> Path:
     """The folder that `path` will lie in, made if need be."""
     existing = next(p for p in path.absolute().parents if p.exists())

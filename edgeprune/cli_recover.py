@@ -1,0 +1,100 @@
+"""The command `recover`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from edgeprune.cli_look import AsJson
+from edgeprune.errors import BadInput
+from edgeprune.output import Stages, console, print_json
+
+
+def duration(text: str, where: str) -> float:
+    """Seconds of "90", "90s", "15m" or "2h", given to the option `where`.
+
+    Raises:
+        BadInput: it is no duration above 0.
+    """
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:].lower())
+    try:
+        seconds = float(text[:-1] if unit else text) * (unit or 1)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise BadInput(f"{text!r} is no duration", where=where, remedy="write for example 90s, 15m or 2h")
+    return seconds
+
+
+def recover(
+    pruned: Annotated[Path, typer.Argument(help="Folder of the pruned model.")],
+    teacher: Annotated[
+        str, typer.Option("--teacher", help="The dense model, with the same vocabulary.", metavar="MODEL")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in Hugging Face format.")],
+    time: Annotated[str, typer.Option("--time", help="How long to train: 90s, 20m, 2h.")] = "20m",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Text to train on (.txt, .jsonl), once for each file. Default: the teacher's own."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="distil: from the teacher's distributions; lora: as AMP's authors did.")
+    ] = "distil",
+    freeze_embedding: Annotated[
+        bool, typer.Option("--freeze-embedding", help="Leave embedding and head as they are: faster.")
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="Peak learning rate. Default: by the steps there will be.")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", min=8, help="Tokens a window.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads. Default: all cores.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the order of the text.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a pruned model to be like the dense one again, for a given time."""
+    from dataclasses import replace
+
+    import torch
+
+    from edgeprune.calibration import read_texts
+    from edgeprune.errors import unknown
+    from edgeprune.models import checkpoint_folder, resolve
+    from edgeprune.recipe import RECIPES, Method
+    from edgeprune.recovery import recover as run
+
+    if method not in RECIPES:
+        raise unknown("method", method, RECIPES)
+    usual = RECIPES[method]
+    recipe = replace(usual, freeze_embedding=freeze_embedding, rate=rate or usual.rate, length=length or usual.length)
+    if threads:
+        torch.set_num_threads(threads)
+    with Stages() as stages:
+        result = run(
+            pruned,
+            checkpoint_folder(resolve(teacher), say=lambda line: stages(line, 0, 0)),
+            out,
+            seconds=duration(time, "--time"),
+            text=[each for path in text for each in read_texts(path)] if text else None,
+            method=cast("Method", method),
+            recipe=recipe,
+            seed=seed,
+            resume=resume,
+            progress=stages,
+        )
+    if as_json:
+        print_json(result.to_json())
+        return
+    before, after = result.before, result.after
+    console.print(
+        f"{result.steps} steps, {result.tokens:,} tokens, {result.tokens_per_s:.0f} tokens/s "
+        f"({result.teacher_s:.0f} s of {result.seconds:.0f} s for the teacher)"
+        + (f"; {result.skipped} steps skipped, not finite" if result.skipped else "")
+    )
+    console.print(
+        f"held-out KL to the teacher {before.kl:.4f} → {after.kl:.4f}, cross-entropy {before.ce:.4f} → {after.ce:.4f}"
+    )
+    console.print(f"teacher's records: {result.cache} ({result.cache_mib:.0f} MiB)", soft_wrap=True)
+    console.print(f"written to {out}", soft_wrap=True)

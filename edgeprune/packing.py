@@ -1,0 +1,106 @@
+"""Text as training sees it: windows of equal length without padding, some of them held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import BadInput
+
+_BETWEEN = "\n\n"  # what separates texts that share a window
+_MOST_TOKENS = 50_000_000  # read from the texts; more would take longer to tokenise than most trainings last
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one text: position i of each predicts its token i + 1.
+
+    Attributes:
+        ids: (windows, length + 1), int64. Without BOS, the last token of a window is the first of the next.
+    """
+
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def length(self) -> int:
+        """Predictions a window."""
+        return int(self.ids.shape[1]) - 1
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the token ids."""
+        return hashlib.sha256(str(tuple(self.ids.shape)).encode() + self.ids.numpy().tobytes()).hexdigest()
+
+
+def pack(texts: Iterable[str], tokenizer: Any, length: int) -> Windows:
+    """Consecutive windows of `length` predictions over all the texts, one after the other; a shorter rest is left out.
+
+    A tokenizer that puts BOS before a text puts it before every window, since its model was never without.
+
+    Raises:
+        BadInput: the texts are too short for two windows.
+    """
+    ids: list[int] = []
+    between = tokenizer(_BETWEEN, add_special_tokens=False)["input_ids"]
+    for text in texts:
+        if ids:
+            ids += between
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) > _MOST_TOKENS:
+            break
+    stream = torch.tensor(ids, dtype=torch.int64)
+    bos = _bos(tokenizer)
+    if bos is None:
+        windows = stream.unfold(0, length + 1, length) if len(stream) > length else stream.new_empty(0, length + 1)
+    else:
+        whole = stream[: len(stream) // length * length].view(-1, length)
+        windows = torch.cat([whole.new_full((len(whole), 1), bos), whole], dim=1)
+    if len(windows) < 2:
+        raise BadInput(
+            f"the text has {len(ids)} tokens: fewer than two windows of {length}",
+            where="--text",
+            remedy="give more text, or ask for shorter windows",
+        )
+    return Windows(windows.contiguous())
+
+
+def _bos(tokenizer: Any) -> int | None:
+    """The id of BOS if the tokenizer begins a text with it, else None."""
+    first = tokenizer("a")["input_ids"][:1]
+    return int(first[0]) if first and first[0] == tokenizer.bos_token_id else None
+
+
+def hold_out(n: int, count: int) -> tuple[Tensor, Tensor]:
+    """Indices of `n` windows to train on, and of `count` (a quarter at most, one at least) to judge on.
+
+    Those to judge on lie evenly over the text, so that every source in it has its share.
+    """
+    count = max(1, min(count, n // 4))
+    held = ((torch.arange(count) + 0.5) * n / count).long()
+    mask = torch.ones(n, dtype=torch.bool)
+    mask[held] = False
+    return mask.nonzero()[:, 0], held
+
+
+def order(indices: Tensor, position: int, count: int, seed: int) -> Tensor:
+    """`count` of `indices` from `position` on in an endless sequence that is shuffled anew in each pass: (count,).
+
+    The sequence depends on the seed alone, so a position is all that resuming needs.
+    """
+    return torch.stack([each for _, each in zip(range(count), _sequence(indices, position, seed), strict=False)])
+
+
+def _sequence(indices: Tensor, position: int, seed: int) -> Iterator[Tensor]:
+    epoch, start = divmod(position, len(indices))
+    while True:
+        shuffled = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        yield from indices[shuffled[start:]]
+        epoch, start = epoch + 1, 0

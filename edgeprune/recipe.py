@@ -1,0 +1,107 @@
+"""How a recovery trains, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edgeprune.losses import Mix
+from edgeprune.recovery_state import Held
+from edgeprune.trainee import LowRank
+
+Method = Literal["distil", "lora"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        mix: weights of KL to the teacher and of cross-entropy.
+        low_rank: LoRA instead of all weights.
+        freeze_embedding: leave embedding and head as they are.
+        length: tokens a window.
+        batch: windows a step, over all devices; rounded up so that each device has as many.
+        micro_tokens: tokens of one pass through the model on one device; a step has as many passes as it needs.
+        rate: peak learning rate; None chooses it by the steps there will be (`peak_rate`).
+        warmup: share of the run in which the rate rises.
+        betas, decay, clip: AdamW's, and the most that the gradient's norm may be.
+        top_k: tokens of the teacher that are kept a position.
+        held_out: windows to judge on.
+        checkpoint_s: seconds between judging and saving the state.
+        max_steps: ends the run by steps instead of time.
+    """
+
+    mix: Mix = field(default_factory=Mix)
+    low_rank: LowRank | None = None
+    freeze_embedding: bool = False
+    length: int = 256
+    batch: int = 4
+    micro_tokens: int = 1024
+    rate: float | None = None
+    warmup: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    decay: float = 0.0
+    clip: float = 1.0
+    top_k: int = 64
+    held_out: int = 32
+    checkpoint_s: float = 300.0
+    max_steps: int | None = None
+
+
+# AMP's own (arXiv 2504.21174): LoRA with r = 8, alpha 16, dropout .05 on every projection, rate 3e-4, 512 tokens,
+# 16 texts a step, cross-entropy alone.
+RECIPES: dict[str, Recipe] = {
+    "distil": Recipe(),
+    "lora": Recipe(
+        mix=Mix(kl=0.0, ce=1.0), low_rank=LowRank(), length=512, batch=16, rate=3e-4, betas=(0.9, 0.999), held_out=16
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """What came of a recovery.
+
+    Attributes:
+        out: the folder written.
+        method: "distil" or "lora".
+        steps, tokens, seconds: of the whole run; tokens are those trained on.
+        tokens_per_s: tokens by the seconds spent in steps, the teacher's included.
+        teacher_s: of those seconds, the ones spent in computing the teacher's distributions.
+        skipped: steps left out because a gradient was not finite.
+        before, after: held-out KL to the teacher (over its top k and the rest) and cross-entropy, nats a token.
+        best_step: the step whose weights were written.
+        cache, cache_mib: where the teacher's records are, and what they take on the disk.
+        history: loss, KL and cross-entropy over the run.
+    """
+
+    out: Path
+    method: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    teacher_s: float
+    skipped: int
+    before: Held
+    after: Held
+    best_step: int
+    cache: Path
+    cache_mib: float
+    history: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return asdict(self) | {"out": str(self.out), "cache": str(self.cache)}
+
+
+def peak_rate(steps: float) -> float:
+    """The peak learning rate for a run of so many steps: 3e-4 up to 1,000, then by the power -0.32 of the steps.
+
+    The exponent is that of the best rate against the token horizon in pre-training (arXiv 2409.19913). It is not
+    followed to shorter runs: on a pruned 135M model 1e-3 did worse than 3e-4 there.
+    """
+    return max(1e-4, 3e-4 * math.pow(max(steps / 1000, 1.0), -0.32))

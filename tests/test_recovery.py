@@ -1,0 +1,392 @@
+"""Recovery on tiny models: what it learns, what it leaves on the disk, and how it goes on after an interrupt."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import typer
+from conftest import SENTENCES, MakeLlama, save_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.cli_recover import recover as command
+from edgeprune.errors import BadInput, StageFailed
+from edgeprune.losses import Mix
+from edgeprune.packing import Windows, hold_out, order, pack
+from edgeprune.plan import uniform_plan
+from edgeprune.recipe import RECIPES, Recipe
+from edgeprune.recovery import recover
+from edgeprune.runtimes.pytorch import load_model, load_tokenizer
+from edgeprune.surgery import prune_checkpoint
+from edgeprune.teacher import TeacherCache
+from edgeprune.training import Decoder, MasterAdamW, rate_share
+from edgeprune.weights import write_like
+
+TEXT = ["".join(SENTENCES[(7 * i + j * j) % len(SENTENCES)] + " " for j in range(9)) for i in range(20)]
+# A random teacher knows nothing of the text, so the text's own tokens would lead away from it.
+QUICK = replace(RECIPES["distil"], mix=Mix(1.0, 0.0), length=32, rate=3e-3, top_k=16, held_out=8, max_steps=24)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA whose distributions are sharper than those of the usual one: there is more to learn."""
+    return save_llama(tmp_path_factory.mktemp("teacher") / "llama", initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_folder` without three tenths of its parameters, chosen at random."""
+    shape = Checkpoint(tiny_folder).shape
+    rng = np.random.default_rng(0)
+    heads, neurons = [rng.random(w.heads) for w in shape.layers], [rng.random(w.neurons) for w in shape.layers]
+    plan = uniform_plan(shape, heads, neurons, 0.3, align=8)
+    return prune_checkpoint(tiny_folder, plan, tmp_path_factory.mktemp("pruned") / "student")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in list(opened.keys())}
+    return found
+
+
+def stock_logits(folder: Path) -> torch.Tensor:
+    module, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
+    with torch.inference_mode():
+        logits: torch.Tensor = module.eval()(torch.arange(1, 40)[None]).logits
+    return logits
+
+
+def run(student: Path, teacher: Path, out: Path, recipe: Recipe = QUICK, **options: Any) -> Any:
+    chosen = {"text": TEXT, "seconds": 60.0, "cache": out.parent / "cache"} | options
+    return recover(student, teacher, out, recipe=recipe, **chosen)
+
+
+def test_distillation_brings_the_student_nearer(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    result = run(student, tiny_folder, tmp_path / "out", progress=lambda stage, _done, _total: stages.append(stage))
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert losses[-1] < losses[0] and result.after.kl < 0.8 * result.before.kl
+    assert result.steps == 24 and result.tokens == 24 * 4 * 32 and result.skipped == 0
+    old, new = tensors(student), tensors(tmp_path / "out")
+    assert {n: (t.dtype, t.shape) for n, t in old.items()} == {n: (t.dtype, t.shape) for n, t in new.items()}
+    assert all(not torch.equal(old[name], new[name]) for name in old)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (student / "config.json").read_bytes()
+    assert load_tokenizer(tmp_path / "out").get_vocab() == load_tokenizer(student).get_vocab()
+    target = stock_logits(tiny_folder)
+    distances = [float((stock_logits(folder) - target).norm()) for folder in (student, tmp_path / "out")]
+    assert distances[1] < distances[0]
+    record = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    assert record["result"]["after"]["kl"] == result.after.kl and record["recipe"]["top_k"] == 16
+    assert any("MiB" in stage for stage in stages)  # what the records take is said before it is taken
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("method", ["distil", "lora"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    method: str, student: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    recipe = replace(QUICK, max_steps=14, checkpoint_s=0.0)
+    if method == "lora":
+        recipe = replace(recipe, mix=RECIPES["lora"].mix, low_rank=RECIPES["lora"].low_rank)
+
+    def interrupt(stage: str, done: int, _total: int) -> None:
+        if stage == "training (steps)" and done == 9:
+            raise KeyboardInterrupt
+
+    whole = run(student, tiny_folder, tmp_path / "whole", recipe, method=method)
+    with pytest.raises(KeyboardInterrupt):
+        run(student, tiny_folder, tmp_path / "parts", recipe, method=method, progress=interrupt)
+    assert (tmp_path / "parts.partial").is_dir() and not (tmp_path / "parts").exists()
+    rest: list[int] = []
+    parts = run(
+        student,
+        tiny_folder,
+        tmp_path / "parts",
+        recipe,
+        method=method,
+        progress=lambda stage, done, _total: rest.append(done) if stage == "training (steps)" else None,
+    )
+    assert rest[0] == 9  # the state of step 8 was kept
+    first, second = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    untimed = [[{k: v for k, v in e.items() if k != "seconds"} for e in r.history] for r in (whole, parts)]
+    assert untimed[0] == untimed[1] and (whole.before, whole.after) == (parts.before, parts.after)
+
+
+def test_a_state_of_other_arguments_is_not_continued(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    def interrupt(stage: str, done: int, _total: int) -> None:
+        if stage == "training (steps)" and done == 3:
+            raise KeyboardInterrupt
+
+    recipe = replace(QUICK, max_steps=4, checkpoint_s=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(student, tiny_folder, tmp_path / "out", recipe, progress=interrupt)
+    seen: list[int] = []
+    run(
+        student,
+        tiny_folder,
+        tmp_path / "out",
+        recipe,
+        seed=1,
+        progress=lambda stage, done, _total: seen.append(done) if stage == "training (steps)" else None,
+    )
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_damaged_state_is_one_line(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "state.safetensors").write_bytes(b"\x07" * 99)
+    with pytest.raises(BadInput, match="delete it"):
+        run(student, tiny_folder, tmp_path / "out")
+    assert run(student, tiny_folder, tmp_path / "out", replace(QUICK, max_steps=1), resume=False).steps == 1
+
+
+def test_low_rank_updates_are_merged(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    lora = replace(RECIPES["lora"], length=32, batch=4, held_out=8, rate=1e-2, max_steps=20)
+    result = run(student, tiny_folder, tmp_path / "out", lora, method="lora")
+    assert result.after.ce < result.before.ce
+    old, new = tensors(student), tensors(tmp_path / "out")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys() and changed == {name for name in old if "proj" in name}
+    for name in changed:  # a product of 8 columns by 8 rows
+        assert int(torch.linalg.matrix_rank(new[name].double() - old[name].double(), rtol=1e-4)) <= 8
+    assert not torch.allclose(stock_logits(tmp_path / "out"), stock_logits(student))
+
+
+def test_a_frozen_embedding_stays(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    run(student, tiny_folder, tmp_path / "out", replace(QUICK, freeze_embedding=True, max_steps=2))
+    old, new = tensors(student), tensors(tmp_path / "out")
+    same = {name for name in old if torch.equal(old[name], new[name])}
+    assert same == {"model.embed_tokens.weight"}
+
+
+def test_number_formats_stay(make_llama: MakeLlama, tmp_path: Path) -> None:
+    folder = make_llama(dtype=torch.bfloat16, tie_word_embeddings=False)
+    run(folder, folder, tmp_path / "out", replace(QUICK, max_steps=2, rate=1e-2))
+    old, new = tensors(folder), tensors(tmp_path / "out")
+    assert old.keys() == new.keys() and "lm_head.weight" in new
+    assert {t.dtype for t in new.values()} == {torch.bfloat16}
+
+
+def test_time_ends_a_run(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    result = run(student, tiny_folder, tmp_path / "out", replace(QUICK, max_steps=None), seconds=3.0)
+    assert result.steps > 0 and result.seconds >= 3.0
+
+
+def test_the_command(student: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in TEXT), encoding="utf-8")
+    app = typer.Typer()
+    app.command()(command)
+    arguments = [str(student), "--teacher", str(tiny_folder), "--text", str(text), "--length", "32", "--json"]
+    found = CliRunner().invoke(app, [*arguments, "--time", "2s", "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["steps"] > 0 and (tmp_path / "out" / "model.safetensors").exists()
+    wrong = CliRunner().invoke(app, [*arguments, "--time", "soon", "--out", str(tmp_path / "out")])
+    assert isinstance(wrong.exception, BadInput) and "no duration" in str(wrong.exception)
+
+
+def test_without_text_the_teacher_writes_it(
+    student: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.recovery._OWN_LENGTH", 64)
+    result = run(student, tiny_folder, tmp_path / "out", replace(QUICK, max_steps=1), text=None, seconds=1.0)
+    assert result.tokens == 4 * 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": ["too short"]}, "fewer than two windows"),
+        ({"recipe": replace(QUICK, length=512)}, "windows of 512"),
+        ({"method": "sft"}, "distil, lora"),
+        ({"seconds": 0.0}, "no time"),
+        ({"seconds": 1e-9, "recipe": replace(QUICK, max_steps=None)}, "before the first step"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    changes: dict[str, Any], message: str, student: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        run(student, tiny_folder, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(student: Path, make_llama: MakeLlama, tmp_path: Path) -> None:
+    other = make_llama(vocab_size=400)
+    with pytest.raises(BadInput, match=r"another vocabulary \(400 entries"):
+        run(student, other, tmp_path / "out")
+    renamed = make_llama()  # as many entries, two of them exchanged
+    content = json.loads((renamed / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (renamed / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BadInput, match="another vocabulary"):
+        run(student, renamed, tmp_path / "out")
+
+
+def test_gradients_that_stay_infinite_end_the_run(make_llama: MakeLlama, tiny_folder: Path, tmp_path: Path) -> None:
+    broken = make_llama()
+    write_like(tiny_folder, {"model.norm.weight": lambda old: torch.full_like(old, 3e38)}, broken)
+    with pytest.raises(StageFailed, match="10 steps in a row"):
+        run(broken, tiny_folder, tmp_path / "out", replace(QUICK, max_steps=40))
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW({"w": torch.ones(4)}, {"w": parameter}, betas=(0.9, 0.95), decay=0.0)
+    for gradient, moved in [(1.0, True), (float("nan"), False), (float("inf"), False), (1.0, True)]:
+        before = optimizer.masters["w"].detach().clone()
+        parameter.grad = torch.full((4,), gradient, dtype=torch.bfloat16)
+        optimizer.collect(1.0)
+        optimizer.step(1e-4, most=1.0)
+        assert torch.equal(before, optimizer.masters["w"]) is not moved
+    # Two steps of 1e-4 are less than bfloat16's spacing below 1, 0.4 %: only the master has them.
+    assert (
+        float(optimizer.masters["w"].detach()[0]) == pytest.approx(1 - 2e-4, abs=2e-5)
+        and float(parameter.detach()[0]) == 1.0
+    )
+
+
+def test_the_rate_rises_and_falls() -> None:
+    shares = [rate_share(i / 100, 0.1) for i in range(101)]
+    peak = shares.index(max(shares))
+    assert peak == 10 and shares[peak] == 1.0 and 0 < shares[0] < 0.1 and shares[-1] == pytest.approx(0.0)
+    assert shares[: peak + 1] == sorted(shares[: peak + 1]) and shares[peak:] == sorted(shares[peak:], reverse=True)
+
+
+# --- the teacher's records -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def windows(tiny_folder: Path) -> Windows:
+    return pack(TEXT, load_tokenizer(tiny_folder), 32)
+
+
+def cache_of(folder: Path, tiny: Path, windows: Windows, load: Callable[[], Decoder] | None = None) -> TeacherCache:
+    return TeacherCache(
+        folder,
+        load or (lambda: Decoder(load_model(tiny), torch.float32, 32)),
+        "teacher",
+        windows,
+        n_vocab=Checkpoint(tiny).shape.vocab,
+        k=16,
+        dtype=torch.float32,
+        batch=3,
+    )
+
+
+def never() -> Decoder:
+    raise AssertionError("the teacher was asked again")
+
+
+def test_records_are_the_teachers_distributions(tiny_folder: Path, windows: Windows, tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, tiny_folder, windows)
+    wanted = torch.tensor([5, 0, 3, 2, 5])
+    found = cache.get(wanted)
+    assert cache.computed == 4
+    with torch.inference_mode():
+        exact = load_model(tiny_folder)(windows.ids[wanted, :-1]).logits.flatten(0, 1).softmax(dim=-1)
+    torch.testing.assert_close(found.probs, exact.gather(-1, found.ids), rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(found.probs.sum(dim=-1) + found.rest, torch.ones(len(found.rest)))
+    assert (found.probs.min(dim=-1).values >= exact.sort(dim=-1).values[:, -17] - 1e-4).all()
+    assert cache.bytes_per_token == 16 * 4 + 2
+    cache.close()
+    again = cache_of(tmp_path, tiny_folder, windows, never).get(wanted)
+    assert torch.equal(again.ids, found.ids) and torch.equal(again.probs, found.probs)
+
+
+def test_a_damaged_record_is_computed_again(tiny_folder: Path, windows: Windows, tmp_path: Path) -> None:
+    cache = cache_of(tmp_path, tiny_folder, windows)
+    found = cache.get(torch.arange(3))
+    with (cache.folder / "records.bin").open("r+b") as file:
+        file.seek(len(file.read()) // 2)  # in the second record
+        file.write(b"\xff\xff")
+    again = cache.get(torch.arange(3))
+    assert cache.computed == 4 and torch.equal(again.ids, found.ids) and torch.equal(again.probs, found.probs)
+
+
+def test_a_full_disk_is_one_line(
+    tiny_folder: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(tmp_path, tiny_folder, windows)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(BadInput, match="disk is full"):
+            cache.get(torch.arange(2))
+    assert len(cache.get(torch.arange(2)).rest) == 64  # nothing half-written is believed
+
+
+# --- text as windows -------------------------------------------------------------------------------------------------
+
+
+def test_windows_hold_all_of_the_text_once(tiny_folder: Path, windows: Windows) -> None:
+    tokenizer = load_tokenizer(tiny_folder)
+    stream = [windows.ids[0, 0].item(), *windows.ids[:, 1:].flatten().tolist()]
+    assert (windows.ids[1:, 0] == windows.ids[:-1, -1]).all() and windows.length == 32
+    text = "\n\n".join(TEXT)
+    decoded = tokenizer.decode(stream, clean_up_tokenization_spaces=False)
+    assert text.startswith(decoded.rstrip("\ufffd"))
+    lengths = [len(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in ("\n\n", *TEXT)]
+    total = sum(lengths) + lengths[0] * (len(TEXT) - 2)
+    assert total - 32 <= len(stream) <= total
+
+
+def test_bos_begins_every_window_where_it_begins_a_text(tiny_folder: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(tiny_folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    found = pack(TEXT, tokenizer, 32)
+    assert (found.ids[:, 0] == tokenizer.bos_token_id).all() and (found.ids[:, 1:] != tokenizer.bos_token_id).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 64))
+def test_held_out_windows_are_never_trained_on(n: int, count: int) -> None:
+    training, held = hold_out(n, count)
+    assert sorted([*training.tolist(), *held.tolist()]) == list(range(n))
+    assert 1 <= len(held) <= max(1, n // 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 200), st.integers(1, 60), st.integers(0, 99))
+def test_the_order_can_be_taken_up_anywhere(n: int, position: int, count: int, seed: int) -> None:
+    indices = torch.arange(n) * 3
+    whole = order(indices, 0, position + count, seed)
+    assert torch.equal(order(indices, position, count, seed), whole[position:])
+    assert sorted(order(indices, 0, n, seed).tolist()) == indices.tolist()
