@@ -12,14 +12,16 @@ __version__ = "0.1.0"
 _API = {
     "fit": "edgeprune.fitting",
     "prune": "edgeprune.pruning",
+    "load_checkpoint": "edgeprune.heterogeneous",
     "DeviceProfile": "edgeprune.devices",
     "Budget": "edgeprune.devices",
 }
-__all__ = ["Budget", "DeviceProfile", "fit", "prune"]
+__all__ = ["Budget", "DeviceProfile", "fit", "load_checkpoint", "prune"]
 
 if TYPE_CHECKING:
     from edgeprune.devices import Budget, DeviceProfile
     from edgeprune.fitting import fit
+    from edgeprune.heterogeneous import load_checkpoint
     from edgeprune.pruning import prune
 
 

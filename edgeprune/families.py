@@ -18,6 +18,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]  # `model_type` in config.json
     gguf_arch: str  # `general.architecture`
+    gguf_per_layer: str | None = None  # the llama.cpp arch that computes the same with widths of each layer's own
     activation: str = "silu"
     permute_qk: bool = True  # llama.cpp stores q and k with interleaved rotary pairs for this arch
     embedding: str = "model.embed_tokens"
@@ -43,7 +44,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         # LLaMA, TinyLlama, SmolLM, SmolLM2: gated MLP, RMSNorm, full rotary, with and without GQA.
-        Family(name="llama", model_types=("llama",), gguf_arch="llama"),
+        Family(name="llama", model_types=("llama",), gguf_arch="llama", gguf_per_layer="deci"),
     )
 }
 
@@ -63,6 +64,10 @@ def family_for(model_type: str) -> Family:
 def family_for_gguf(architecture: str) -> Family:
     """The family of a GGUF file's `general.architecture`; raises `BadInput` as `family_for` does."""
     archs = {family.gguf_arch: family for family in FAMILIES.values()}
+    for family in FAMILIES.values():
+        # Several families may share one; the first in the table is read back.
+        if family.gguf_per_layer:
+            archs.setdefault(family.gguf_per_layer, family)
     if architecture not in archs:
         raise unknown("GGUF architecture", architecture, archs)
     return archs[architecture]

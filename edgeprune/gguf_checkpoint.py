@@ -15,10 +15,20 @@ from numpy.typing import NDArray
 
 from edgeprune.checkpoint import GGUF_TOKENIZER
 from edgeprune.errors import BadInput
+from edgeprune.export.gguf_deci import DECI, ZERO_MLP, is_filler
 from edgeprune.export.gguf_types import Tensor, tensors
-from edgeprune.export.gguf_writer import FILE_KEYS, ROTARY, module_name, rotary_factors, unpermute, write_metadata
+from edgeprune.export.gguf_writer import (
+    FILE_KEYS,
+    ROTARY,
+    module_name,
+    paired_heads,
+    rotary_factors,
+    unpermute,
+    write_metadata,
+)
 from edgeprune.families import Family, family_for_gguf
 from edgeprune.files import atomic_folder, write_json
+from edgeprune.per_layer import check_layers, config_widths
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.tokenizer import save_tokenizer, special_ids
@@ -62,17 +72,9 @@ def gguf_to_folder(source: Path, out: Path) -> Path:
 
 def _shape(file: GgufFile, family: Family) -> ModelShape:
     arch = file.architecture
-    widths = set(file.widths())
-    if len(widths) > 1:
-        raise BadInput(f"layers of different widths in architecture {arch!r}", where=file.path)
-    layer = LayerShape(*(getattr(next(iter(widths)), name) for name in ("heads", "kv_heads", "neurons")))
-    if not (layer.heads and layer.kv_heads and layer.neurons) or layer.heads % layer.kv_heads:
-        raise BadInput(
-            f"impossible widths: {layer.heads} heads, {layer.kv_heads} key/value heads, {layer.neurons} neurons",
-            where=file.path,
-        )
+    widths = _layers(file)
     hidden = _positive(file, f"{arch}.embedding_length")
-    head_dim = _positive(file, f"{arch}.attention.key_length", hidden // layer.heads)
+    head_dim = _positive(file, f"{arch}.attention.key_length", hidden // widths[0].heads or None)
     for key in ("attention.value_length", "rope.dimension_count"):
         if file.get(f"{arch}.{key}", int, head_dim) != head_dim:
             raise BadInput(f"{arch}.{key} is not the head size {head_dim}", where=file.path, remedy="not supported")
@@ -81,9 +83,8 @@ def _shape(file: GgufFile, family: Family) -> ModelShape:
         raise BadInput(f"the vocabulary does not have the embedding's {vocabulary} tokens", where=file.path)
 
     def biased(*roles: str) -> bool:
-        return any(f"blk.{index}.{role}.bias" in file.tensors for index in range(layers) for role in roles)
+        return any(f"blk.{index}.{role}.bias" in file.tensors for index in range(len(widths)) for role in roles)
 
-    layers = len(file.widths())
     # Hugging Face has one switch for q, k, v and o, and one for the MLP: what a layer lacks becomes zeros.
     attention_bias = biased("attn_q", "attn_k", "attn_v", "attn_output")
     ids = special_ids(file)
@@ -92,7 +93,7 @@ def _shape(file: GgufFile, family: Family) -> ModelShape:
         vocab=vocabulary,
         hidden=hidden,
         head_dim=head_dim,
-        layers=(layer,) * layers,
+        layers=widths,
         tied="output.weight" not in file.tensors,
         max_positions=_positive(file, f"{arch}.context_length", 2048),
         norm_eps=_shortest(file.get(f"{arch}.attention.layer_norm_rms_epsilon", float, 1e-5)),
@@ -105,6 +106,34 @@ def _shape(file: GgufFile, family: Family) -> ModelShape:
         eos=(ids["eos"],) if "eos" in ids else (),
     )
     return replace(shape, rope_scaling=_rotary_scaling(file, shape))
+
+
+def _layers(file: GgufFile) -> tuple[LayerShape, ...]:
+    """Widths of each layer; 0 neurons where the file has an MLP of zeros for want of one."""
+    arch = file.architecture
+    layers = [LayerShape(width.heads, width.kv_heads, width.neurons) for width in file.widths()]
+    for index, layer in enumerate(layers):
+        last = index == len(layers) - 1
+        if layer.heads and layer.kv_heads:
+            possible = layer.heads % layer.kv_heads == 0 and layer.neurons > 0
+        else:  # `gguf_deci` tells why a last layer without anything is none
+            possible = (
+                arch == DECI and not layer.heads + layer.kv_heads and index > 0 and (layer.neurons > 0 or not last)
+            )
+        if not possible:
+            raise BadInput(
+                f"layer {index}: impossible widths: {layer.heads} heads, {layer.kv_heads} key/value heads, "
+                f"{layer.neurons} neurons",
+                where=file.path,
+            )
+        down = f"blk.{index}.ffn_down"
+        if arch == DECI and layer.neurons == ZERO_MLP and f"{down}.bias" not in file.tensors:
+            silent = not dequantised(file, f"{down}.weight").any()
+            layers[index] = replace(layer, neurons=0) if silent else layer
+    if arch != DECI and len(set(layers)) > 1:
+        raise BadInput(f"layers of different widths in architecture {arch!r}", where=file.path)
+    check_layers(layers, where=file.path)
+    return tuple(layers)
 
 
 def _positive(file: GgufFile, key: str, default: int | None = None) -> int:
@@ -198,16 +227,13 @@ def _kept(ids: Mapping[str, int]) -> list[str]:
 
 
 def _config(shape: ModelShape, ids: Mapping[str, int]) -> dict[str, Any]:
-    layer = shape.layers[0]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": shape.family.model_types[0],
         "vocab_size": shape.vocab,
         "hidden_size": shape.hidden,
-        "intermediate_size": layer.neurons,
         "num_hidden_layers": len(shape.layers),
-        "num_attention_heads": layer.heads,
-        "num_key_value_heads": layer.kv_heads,
+        **config_widths(shape.layers),
         "head_dim": shape.head_dim,
         "hidden_act": shape.family.activation,
         "max_position_embeddings": shape.max_positions,
@@ -243,15 +269,12 @@ def dequantised(file: GgufFile, name: str) -> NDArray[np.float32]:
 def _weights(
     file: GgufFile, shape: ModelShape, wanted: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    layer = shape.layers[0]
     for name, tensor in wanted.items():
-        if name == ROTARY:
+        if name == ROTARY or is_filler(name, shape):
             continue
         values = dequantised(file, name) if name in file.tensors else np.zeros(tensor.shape, dtype=np.float32)
-        if shape.family.permute_qk and ".attn_q." in name:
-            values = unpermute(values, layer.heads)
-        elif shape.family.permute_qk and ".attn_k." in name:
-            values = unpermute(values, layer.kv_heads)
+        if heads := paired_heads(name, shape):
+            values = unpermute(values, heads)
         yield module_name(name, shape), values
 
 
@@ -260,7 +283,7 @@ def _write_safetensors(path: Path, file: GgufFile, shape: ModelShape, wanted: Ma
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in wanted.items():
-        if name != ROTARY:
+        if name != ROTARY and not is_filler(name, shape):
             size = 4 * math.prod(tensor.shape)
             header[module_name(name, shape)] = {
                 "dtype": "F32",

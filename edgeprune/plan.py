@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_json
+from edgeprune.per_layer import check_layers
 from edgeprune.shape import LayerShape, ModelShape
 
 SCHEMA_VERSION = 1
@@ -30,7 +31,10 @@ SCOPES: tuple[Scope, ...] = ("both", "mlp")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer keeps: indices into the dense layer, ascending."""
+    """What one layer keeps: indices into the dense layer, ascending.
+
+    No heads and no key/value heads: the layer has no attention; no neurons: no MLP.
+    """
 
     kv_heads: tuple[int, ...]
     heads: tuple[int, ...]  # query heads, grouped as their key/value heads are
@@ -92,7 +96,7 @@ def check(plan: PrunePlan, shape: ModelShape, *, where: object = "plan") -> None
 
     Raises:
         BadInput: another number of layers, indices out of order or range, or query heads that leave the key/value
-            groups unequal.
+            groups unequal, or as `per_layer.check_layers`.
     """
     if len(plan.layers) != len(shape.layers):
         raise BadInput(f"{len(plan.layers)} layers for a model of {len(shape.layers)}", where=where)
@@ -102,17 +106,19 @@ def check(plan: PrunePlan, shape: ModelShape, *, where: object = "plan") -> None
             indices = getattr(layer, name)
             whole = all(type(i) is int for i in indices)
             if (
-                not indices
-                or not whole
+                not whole
                 or sorted(set(indices)) != list(indices)
-                or not 0 <= indices[0] <= indices[-1] < width
+                or (indices and not 0 <= indices[0] <= indices[-1] < width)
             ):
                 raise BadInput(f"layer {index}: {name} must be ascending indices below {width}", where=where)
+        if not layer.heads and not layer.kv_heads:
+            continue
         group = dense.heads // dense.kv_heads
         owners = [head // group for head in layer.heads]
         counts = {owners.count(kv) for kv in layer.kv_heads}
         if set(owners) != set(layer.kv_heads) or len(counts) != 1:
             raise BadInput(f"layer {index}: every key/value head kept must keep as many query heads", where=where)
+    check_layers([layer.widths for layer in plan.layers], where=where)
 
 
 def keep_all(shape: ModelShape, *, model_hash: str = "", text_hash: str = "") -> PrunePlan:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput
 from edgeprune.families import Family, family_for
+from edgeprune.per_layer import check_layers, read_layers
 
 # Rotary scalings, and the numbers each needs beside its name.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
@@ -25,7 +26,7 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Widths of one layer: query heads, key/value heads, MLP neurons."""
+    """Widths of one layer: query heads, key/value heads (both 0: no attention), MLP neurons (0: no MLP)."""
 
     heads: int
     kv_heads: int
@@ -54,21 +55,25 @@ class ModelShape:
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers have the same widths."""
-        return len(set(self.layers)) <= 1
+        """Whether all layers have the same widths, and both attention and an MLP."""
+        return len(set(self.layers)) <= 1 and all(layer.heads and layer.neurons for layer in self.layers)
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> ModelShape:
         """The same model with other widths."""
         return replace(self, layers=layers)
 
     def attention_parameters(self, layer: LayerShape) -> int:
-        """Parameters of q, k, v and o of one layer, biases included."""
+        """Parameters of q, k, v and o of one layer, biases included; 0 where it has no attention."""
+        if not layer.heads:
+            return 0
         q, kv = layer.heads * self.head_dim, layer.kv_heads * self.head_dim
         weights = self.hidden * (2 * q + 2 * kv)
         return weights + self.qkv_bias * (q + 2 * kv) + self.output_bias * self.hidden
 
     def mlp_parameters(self, layer: LayerShape) -> int:
-        """Parameters of gate, up and down of one layer, biases included."""
+        """Parameters of gate, up and down of one layer, biases included; 0 where it has no MLP."""
+        if not layer.neurons:
+            return 0
         matrices = 3 if self.family.gate else 2
         weights = matrices * self.hidden * layer.neurons
         return weights + self.mlp_bias * ((matrices - 1) * layer.neurons + self.hidden)
@@ -80,8 +85,9 @@ class ModelShape:
 
     @property
     def norm_parameters(self) -> int:
-        """Parameters of all norms."""
-        return self.hidden * (2 * len(self.layers) + 1)
+        """Parameters of all norms; a part that a layer lacks takes its norm with it."""
+        parts = sum(bool(layer.heads) + bool(layer.neurons) for layer in self.layers)
+        return self.hidden * (parts + 1)
 
     @property
     def parameters(self) -> int:
@@ -138,9 +144,9 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
     heads = _positive(config, "num_attention_heads", where)
     kv_heads = _positive(config, "num_key_value_heads", where, default=heads)
     head_dim = _positive(config, "head_dim", where, default=hidden // heads or None)
-    if heads % kv_heads:
-        raise BadInput(f"{heads} query heads cannot be shared by {kv_heads} key/value heads", where=where)
-    layer = LayerShape(heads, kv_heads, _positive(config, "intermediate_size", where))
+    general = LayerShape(heads, kv_heads, _positive(config, "intermediate_size", where))
+    layers = read_layers(config, general, _positive(config, "num_hidden_layers", where), where=where)
+    check_layers(layers, where=where)
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
@@ -155,7 +161,7 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
         vocab=_positive(config, "vocab_size", where),
         hidden=hidden,
         head_dim=head_dim,
-        layers=(layer,) * _positive(config, "num_hidden_layers", where),
+        layers=layers,
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=_positive(config, "max_position_embeddings", where, default=2048),
         norm_eps=_number(config, "rms_norm_eps", where, default=1e-6),

@@ -1,6 +1,7 @@
 """Applies a prune plan to a checkpoint, tensor by tensor: one tensor in memory at a time beside a shard being filled.
 
-The pruned checkpoint is an ordinary Hugging Face folder that stock transformers loads.
+The pruned checkpoint is a Hugging Face folder. Where all layers keep the same widths stock transformers loads it; where
+they differ `edgeprune.heterogeneous` does, and stock transformers stops (`per_layer.config_widths`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from edgeprune.checkpoint import Checkpoint
-from edgeprune.errors import BadInput
 from edgeprune.families import Family
 from edgeprune.files import atomic_folder, write_json
 from edgeprune.models import copy_companions
+from edgeprune.per_layer import KEY, absent_modules, config_widths
 from edgeprune.plan import LayerPlan, PrunePlan, check
 from edgeprune.shape import ModelShape
 
@@ -74,8 +75,13 @@ def roles(family: Family, n_layers: int) -> dict[str, tuple[int, str]]:
 
 def pruned_tensors(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[str, Array]]:
     """The tensors of the pruned model, one after the other, by their names in the checkpoint."""
-    places = roles(checkpoint.shape.family, len(checkpoint.shape.layers))
+    family = checkpoint.shape.family
+    places = roles(family, len(checkpoint.shape.layers))
+    absent = [path for i, layer in enumerate(plan.layers) for path in absent_modules(family, i, layer.widths)]
+    gone = tuple(f"{path}." for path in absent)
     for name in checkpoint.names:
+        if name.startswith(gone):
+            continue
         tensor = checkpoint.tensor(name)
         module = name.rpartition(".")[0]
         if module in places:
@@ -87,22 +93,16 @@ def pruned_tensors(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[st
 def pruned_config(config: dict[str, Any], shape: ModelShape, *, dtype: str | None = None) -> dict[str, Any]:
     """`config.json` of the pruned model: `shape` is its shape; code references are left out.
 
-    Raises:
-        BadInput: layers of different widths, which this schema cannot hold.
+    Layers alike give a plain config; widths that differ give `per_layer_config`.
     """
-    if not shape.uniform:
-        raise BadInput("layers of different widths have no place in a stock config.json", remedy="use a uniform plan")
-    layer = shape.layers[0]
-    changed: dict[str, int | str] = {
-        "num_attention_heads": layer.heads,
-        "num_key_value_heads": layer.kv_heads,
-        "intermediate_size": layer.neurons,
+    changed: dict[str, Any] = {
+        **config_widths(shape.layers),
         # After pruning, heads · head_dim is no longer the hidden size, so the default (hidden / heads) is wrong.
         "head_dim": shape.head_dim,
     }
     if dtype:
         changed["torch_dtype"] = dtype
-    return {k: v for k, v in config.items() if k not in ("auto_map", "dtype")} | changed
+    return {k: v for k, v in config.items() if k not in ("auto_map", "dtype", KEY)} | changed
 
 
 def _save_shards(checkpoint: Checkpoint, plan: PrunePlan, folder: Path, progress: Progress | None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgeprune.errors import unknown
+from edgeprune.export.gguf_deci import DECI, architecture, file_layers
 from edgeprune.runtimes.gguf_file import BLOCKS, PARTS, part_of, tensor_bytes
 from edgeprune.shape import ModelShape
 
@@ -67,13 +68,14 @@ class Tensor:
 def tensors(shape: ModelShape) -> list[Tensor]:
     """The tensors of a llama model's GGUF file, in the order the writer puts them.
 
-    Biases are those the shape speaks of; `rope_freqs` is there for llama3's rotary scaling.
+    Biases are those the shape speaks of; `rope_freqs` is there for llama3's rotary scaling. A part that a layer lacks
+    has none, except for the MLPs of zeros that `gguf_deci.file_layers` puts in.
     """
     hidden = shape.hidden
     found = [Tensor("token_embd.weight", (shape.vocab, hidden))]
     if shape.rope_scaling and shape.rope_scaling.get("rope_type", shape.rope_scaling.get("type")) == "llama3":
         found.append(Tensor("rope_freqs.weight", (shape.head_dim // 2,)))
-    for index, layer in enumerate(shape.layers):
+    for index, layer in enumerate(file_layers(shape)):
         query, kv, neurons = layer.heads * shape.head_dim, layer.kv_heads * shape.head_dim, layer.neurons
         linear: tuple[tuple[str, int, int, bool], ...] = (
             ("attn_q", query, hidden, shape.qkv_bias),
@@ -85,12 +87,16 @@ def tensors(shape: ModelShape) -> list[Tensor]:
             ("ffn_down", hidden, neurons, shape.mlp_bias),
         )
         prefix = f"blk.{index}"
-        found += [Tensor(f"{prefix}.attn_norm.weight", (hidden,)), Tensor(f"{prefix}.ffn_norm.weight", (hidden,))]
+        filler = not shape.layers[index].neurons
+        found += [Tensor(f"{prefix}.attn_norm.weight", (hidden,))] * bool(layer.heads)
+        found += [Tensor(f"{prefix}.ffn_norm.weight", (hidden,))] * bool(layer.neurons)
         for role, rows, columns, bias in linear:
+            if not rows or not columns:
+                continue
             if role == "ffn_gate" and shape.family.gate is None:
                 continue
             found.append(Tensor(f"{prefix}.{role}.weight", (rows, columns)))
-            if bias:
+            if bias and not (filler and role.startswith("ffn_")):
                 found.append(Tensor(f"{prefix}.{role}.bias", (rows,)))
     found.append(Tensor("output_norm.weight", (hidden,)))
     if not shape.tied:
@@ -104,7 +110,8 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def _value(kind: str, layer: int, shape: ModelShape) -> str:
-    layers = len(shape.layers)
+    layers = sum(bool(each.heads) for each in shape.layers)
+    layer = sum(bool(each.heads) for each in shape.layers[:layer])  # the quantiser counts the tensors there are
     group = shape.layers[0].heads // shape.layers[0].kv_heads
     chosen = QUANTISATIONS[kind].base
     if kind == "Q2_K":
@@ -113,13 +120,15 @@ def _value(kind: str, layer: int, shape: ModelShape) -> str:
         chosen = "Q5_K" if layer < 2 else "Q4_K"
     elif kind in ("Q4_K_M", "Q5_K_M") and _more_bits(layer, layers):
         chosen = "Q6_K"
-    if layers == 80 and group > 1 and chosen in ("Q3_K", "Q4_K"):  # taken for the 70B model, whose v is an eighth of q
+    seventy = len(shape.layers) == 80 and (group > 1 or architecture(shape) == DECI)
+    if seventy and chosen in ("Q3_K", "Q4_K"):  # taken for the 70B model, whose v is an eighth of q
         chosen = "Q5_K"
     return chosen
 
 
 def _down(kind: str, layer: int, shape: ModelShape) -> str:
     layers = len(shape.layers)
+    layer = sum(bool(each.neurons) for each in file_layers(shape)[:layer])  # here too, but out of all layers
     if kind == "Q2_K":
         return "Q3_K"
     if kind == "Q3_K_M":

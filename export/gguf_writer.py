@@ -1,7 +1,7 @@
 """Writes a Hugging Face folder as a GGUF file, tensor by tensor, for stock llama.cpp.
 
-The folder need not be one of ours. Architecture `llama` has one width for all layers; q and k are stored with their
-rotary pairs next to each other, where Hugging Face has halves.
+The folder need not be one of ours. Architecture `llama` has one width for all layers, `gguf_deci` has what layers that
+differ become; q and k are stored with their rotary pairs next to each other, where Hugging Face has halves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
 from edgeprune.errors import BadInput, missing_extra
+from edgeprune.export.gguf_deci import DECI, architecture, is_filler, width_values
 from edgeprune.export.gguf_types import QUANTISATIONS, Tensor, tensors
 from edgeprune.files import atomic_file
 from edgeprune.runtimes.gguf_file import GgufFile, Value, ValueType
@@ -91,20 +92,15 @@ def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16")
         `out`.
 
     Raises:
-        BadInput: the folder is no sound checkpoint of a supported family, has layers of different widths, values that
-            F16 cannot hold, or a tokenizer that has no GGUF form.
+        BadInput: the folder is no sound checkpoint of a supported family, has layers of different widths in a family
+            for which llama.cpp cannot have them, values that F16 cannot hold, or a tokenizer that has no GGUF form.
         StageFailed: the rebuilt tokenizer gives other ids.
     """
     if dtype not in ("F16", "F32"):
         raise BadInput(f"dtype {dtype!r}", remedy="give F16 or F32, then quantise")
     checkpoint = Checkpoint(folder)
     shape = checkpoint.shape
-    if not shape.uniform:
-        raise BadInput(
-            "layers have different widths, and GGUF architecture 'llama' carries one width for all",
-            where=folder,
-            remedy="prune with a uniform plan, or export to ONNX",
-        )
+    arch = architecture(shape, where=folder)
     listing = _listing(checkpoint)
     metadata = {
         **_general(checkpoint),
@@ -112,7 +108,7 @@ def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16")
         **_tokenizer(checkpoint, out),
     }
     with atomic_file(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, shape.family.gguf_arch)
+        writer = gguf.GGUFWriter(temporary, arch)
         try:
             _put(writer, metadata)
             for tensor in listing:
@@ -172,7 +168,7 @@ def _listing(checkpoint: Checkpoint) -> list[Tensor]:
         if bias.name not in listed and module_name(bias.name, shape) in checkpoint:
             listing.append(bias)
     for tensor in listing:
-        if tensor.name == ROTARY:
+        if tensor.name == ROTARY or is_filler(tensor.name, shape):
             continue
         name = module_name(tensor.name, shape)
         found = checkpoint.dimensions(name)
@@ -182,7 +178,8 @@ def _listing(checkpoint: Checkpoint) -> list[Tensor]:
                 where=checkpoint.folder,
                 remedy="the checkpoint does not match its config.json",
             )
-    known = {module_name(tensor.name, shape) for tensor in listing if tensor.name != ROTARY}
+    computed = {tensor.name for tensor in listing if tensor.name == ROTARY or is_filler(tensor.name, shape)}
+    known = {module_name(tensor.name, shape) for tensor in listing if tensor.name not in computed}
     known.add(f"{shape.family.head}.weight")  # beside a tied embedding it is a copy
     extra = [name for name in checkpoint.names if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
@@ -198,12 +195,13 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, dtype: str) -> NDArray[Any]:
     shape = checkpoint.shape
     if tensor.name == ROTARY:
         return rotary_factors(shape)
+    if is_filler(tensor.name, shape):
+        # A norm of ones: whatever comes out of it, the matrices behind it make zeros of it.
+        return np.full(tensor.shape, float(len(tensor.shape) == 1), dtype=_dtype(tensor, dtype))
     name = module_name(tensor.name, shape)
     values = checkpoint.tensor(name)
-    if shape.family.permute_qk and ".attn_q." in tensor.name:
-        values = permute(values, shape.layers[0].heads)
-    elif shape.family.permute_qk and ".attn_k." in tensor.name:
-        values = permute(values, shape.layers[0].kv_heads)
+    if heads := paired_heads(tensor.name, shape):
+        values = permute(values, heads)
     kind = _dtype(tensor, dtype)
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(values, dtype=kind)
@@ -215,6 +213,15 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, dtype: str) -> NDArray[Any]:
             remedy="write F32" if finite else "the checkpoint is damaged",
         )
     return converted
+
+
+def paired_heads(tensor: str, shape: ModelShape) -> int:
+    """Heads of a tensor, by its llama.cpp name, whose rows the file has in rotary pairs; 0 for any other tensor."""
+    if not (shape.family.permute_qk or architecture(shape) == DECI) or not tensor.startswith("blk."):
+        return 0
+    _, index, role, _ = tensor.split(".")
+    layer = shape.layers[int(index)]
+    return {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(role, 0)
 
 
 def rotary_factors(shape: ModelShape) -> NDArray[np.float32]:
@@ -252,20 +259,18 @@ def _license(folder: Path) -> str | None:
 
 def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:
     shape = checkpoint.shape
-    arch, layer = shape.family.gguf_arch, shape.layers[0]
+    arch = architecture(shape)
     whole: dict[str, int] = {
         "block_count": len(shape.layers),
         "context_length": shape.max_positions,
         "embedding_length": shape.hidden,
-        "feed_forward_length": layer.neurons,
-        "attention.head_count": layer.heads,
-        "attention.head_count_kv": layer.kv_heads,
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
         "rope.dimension_count": shape.head_dim,
         "vocab_size": shape.vocab,
     }
     values = {f"{arch}.{key}": Value(value, ValueType.UINT32) for key, value in whole.items()}
+    values |= {f"{arch}.{key}": value for key, value in width_values(shape).items()}
     values[f"{arch}.attention.layer_norm_rms_epsilon"] = Value(shape.norm_eps, ValueType.FLOAT32)
     values[f"{arch}.rope.freq_base"] = Value(shape.rope_theta, ValueType.FLOAT32)
     scaling = shape.rope_scaling

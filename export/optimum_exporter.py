@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeprune.errors import BadInput, StageFailed, missing_extra
-from edgeprune.files import atomic_folder
+from edgeprune.files import atomic_folder, read_json
+from edgeprune.per_layer import KEY
 
 
 def export_optimum(folder: Path, out: Path) -> Path:
@@ -14,11 +15,17 @@ def export_optimum(folder: Path, out: Path) -> Path:
     The graph has a cache and `position_ids`; `runtimes.ort.OnnxRuntime` runs it, onnxruntime-genai does not.
 
     Raises:
-        BadInput: optimum-onnx is not installed, or the folder is no checkpoint.
+        BadInput: optimum-onnx is not installed, the folder is no checkpoint, or its layers have different widths.
         StageFailed: optimum cannot export this model.
     """
     if not (folder / "config.json").is_file():
         raise BadInput("no config.json", where=folder, remedy="give a folder in Hugging Face format")
+    if read_json(folder / "config.json").get(KEY):
+        raise BadInput(
+            "optimum makes every layer of one width, and this model's differ",
+            where=folder,
+            remedy="use the exporter of this package, or prune with --uniform",
+        )
     try:
         from optimum.exporters.onnx import main_export
     except ImportError as error:

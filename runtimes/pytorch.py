@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, missing_extra
+from edgeprune.per_layer import KEY
 from edgeprune.runtimes.base import Logits, Tokens
 from edgeprune.runtimes.tree import Tree
 
@@ -19,9 +20,10 @@ except ImportError as error:
     raise missing_extra("torch", "prune") from error
 try:
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 except ImportError as error:
     raise missing_extra("transformers", "prune") from error
+from edgeprune.heterogeneous import model_class
 
 
 def build_info() -> dict[str, str]:
@@ -186,24 +188,26 @@ class PyTorch:
 
 
 def load_model(path: Path) -> Any:
-    """The float32 model of a Hugging Face folder, in evaluation mode.
+    """The float32 model of a Hugging Face folder, in evaluation mode; its layers may have different widths.
 
     Raises:
         BadInput: no or pickled weights, weights that do not match the config, or what transformers cannot load.
     """
-    overrides = Checkpoint(path).rope_overrides
+    checkpoint = Checkpoint(path)
+    local = {"trust_remote_code": False, "local_files_only": True}
     remedy = "download or convert the checkpoint again"
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, below
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        per_layer = checkpoint.config.get(KEY)
+        kind = model_class(AutoConfig.from_pretrained(path, **local)) if per_layer else AutoModelForCausalLM
+        model, info = kind.from_pretrained(
             path,
             dtype=torch.float32,
             use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
             output_loading_info=True,
-            **overrides,
+            **local,
+            **checkpoint.rope_overrides,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BadInput(f"transformers cannot load it ({_line(error)})", where=path, remedy=remedy) from error
