@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.models import load
+from edgeprune.reference import build_reference
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.runtimes.pytorch import PyTorch
 
@@ -24,6 +25,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import pruning  # noqa: E402
+import pruning_cells  # noqa: E402
 from conftest import SENTENCES, save_llama  # noqa: E402
 from pruning_page import best_curve, page  # noqa: E402
 from rivals import METHODS, flap, magnitude, shortgpt, slicegpt, wanda_sp  # noqa: E402
@@ -181,7 +183,7 @@ def test_slicing_nothing_changes_nothing(prune, dense, texts, tmp_path):
     with torch.inference_mode():
         expected = load(dense).module(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=2e-3, rtol=1e-3)
-    with pytest.raises(BadInput, match="unexpected keys"):  # nothing stock takes it for a model of its own
+    with pytest.raises(BadInput, match="missing keys"):  # nothing stock takes it for a model of its own
         load(tmp_path / "whole")
     runtime = PyTorch.of(model, None, 64)
     whole = runtime.forward(ids[0])
@@ -197,6 +199,14 @@ def test_parameters_of_a_sliced_model_are_told_in_advance(tied, dense, texts, tm
     folder = (slicegpt.prune_tied if tied else slicegpt.prune)(dense, 0.2, texts, tmp_path / "sliced")
     constants = (2 * len(shape.layers) + 1) * width  # the norms' weights: one number each, written as a vector
     assert parameters_of(folder) - constants == slicegpt.sliced_parameters(shape, width, tied=tied)
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    """What runs in a process of its own sets torch's threads; here it must not for the tests that follow."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -233,39 +243,53 @@ def run(out: Path, dense: Path, data: Path, *more: str) -> dict:
 def test_the_harness_runs_and_goes_on_where_it_stopped(dense, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     out = tmp_path / "pruning.json"
-    columns = ["--columns", "prune", "quality", "piqa", "bytes"]
-    first = run(out, dense, data, "--rows", "dense", "magnitude", "slicegpt-tied", *columns)
-    assert [row["method"] for row in first["rows"]] == ["dense", "magnitude", "slicegpt-tied"]
-    for row in first["rows"]:
-        assert not [cell for cell in row["cells"].values() if "error" in cell]
-        assert row["cells"]["piqa"]["items"] == 4
-        assert math.isfinite(row["cells"]["quality"]["kl_nats"])
-        assert row["cells"]["bytes"]["bytes_per_token"] > 0
-    assert first["rows"][0]["cells"]["quality"]["kl_nats"] == pytest.approx(0, abs=1e-3)
-    assert first["rows"][1]["cells"]["prune"]["peak_mib"] > 0
+    run(out, dense, data, "--rows", "dense", "--columns", "prune", "bytes")
+    columns = ["--columns", "prune", "bytes", "quality", "piqa"]
+    first = run(out, dense, data, "--rows", "magnitude", *columns)
+    assert [(row["method"], sorted(row["cells"])) for row in first["rows"]] == [
+        ("dense", ["bytes"]),
+        ("magnitude", ["bytes", "piqa", "prune", "quality"]),
+    ]
+    dense_cells, found = (row["cells"] for row in first["rows"])
+    assert not [cell for cell in found.values() if "error" in cell]
+    assert found["prune"]["peak_mib"] > 0
+    assert found["prune"]["reached_ratio"] == pytest.approx(0.1, abs=0.04)
+    assert found["bytes"]["bytes_per_token"] < dense_cells["bytes"]["bytes_per_token"]
+    assert found["quality"]["kl_nats"] > 0
+    assert found["quality"]["runtime"] == "llamacpp"
+    assert found["piqa"]["items"] == 4
     assert not list((tmp_path / "pruning-work").glob("*/folder"))
 
     def forbidden(*_, **__):
         raise AssertionError("a finished cell was measured again")
 
     monkeypatch.setattr(pruning.Row, "measure", forbidden)
-    assert run(out, dense, data, "--rows", "dense", "magnitude", *columns)["rows"] == first["rows"]
-    with pytest.raises(AssertionError, match="measured again"):
-        run(out, dense, data, "--rows", "magnitude", "--columns", "quality", "--again")
-    with pytest.raises(AssertionError, match="measured again"):  # a setting that the cell depends on changed
-        run(out, dense, data, "--rows", "magnitude", "--columns", "quality", "--windows", "3")
-    monkeypatch.undo()
+    assert run(out, dense, data, "--rows", "magnitude", *columns)["rows"] == first["rows"]
+    for change in (["--again"], ["--windows", "3"]):  # the second is a setting that the cell depends on
+        with pytest.raises(AssertionError, match="measured again"):
+            run(out, dense, data, "--rows", "magnitude", "--columns", "quality", *change)
 
     capsys.readouterr()
     curve = tmp_path / "quantisation.json"
-    curve.write_text(
-        json.dumps({"rows": [{"bytes_per_token": b, "kl_nats": kl} for b, kl in ((2e6, 0.1), (1e6, 0.4))]})
-    )
+    rows = [{"bytes_per_token": read, "kl_nats": kl} for read, kl in ((2e6, 0.1), (1e6, 0.4))]
+    curve.write_text(json.dumps({"rows": rows}))
     pruning.main(["--out", str(out), "--render", "--plots", str(tmp_path / "plots"), "--quantisation", str(curve)])
-    shown = capsys.readouterr().out
-    assert "| **dense** |" in shown
-    assert "no stock runtime loads it" in shown
+    assert "| **dense** |" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"quality.svg", "bytes.svg"}
+
+
+def test_a_sliced_model_is_judged_in_torch(dense, texts, data, tmp_path, torch_threads):
+    folder = slicegpt.prune(dense, 0.1, texts, tmp_path / "sliced")
+    reference = build_reference(
+        PyTorch(dense, n_ctx=64, threads=1), SENTENCES[0] * 20, tmp_path, model_hash="", length=32, count=2
+    )
+    found = pruning_cells.quality_in_process(str(folder), str(reference.folder), 1)
+    assert found["kl_nats"]["mean"] > 0
+    assert found["measured_on"]["runtime"] == "pytorch"
+    task = pruning_cells.task_in_process(str(folder), "hellaswag", 4, str(data / "tasks"), 1)
+    assert task["n-samples"]["hellaswag"]["effective"] == 4
+    read = pruning_cells.sliced_bytes(folder)
+    assert 0 < read["bytes_per_token"] < read["file_bytes"]
 
 
 def test_what_fails_is_said_and_tried_again(dense, data, tmp_path, monkeypatch):
