@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -39,7 +40,7 @@ from pruning_page import page, plots
 from rivals import METHODS, Method
 
 from edgeprune.checkpoint import Checkpoint
-from edgeprune.errors import BadInput, EdgepruneError, unknown
+from edgeprune.errors import BadInput, EdgepruneError, StageFailed, unknown
 from edgeprune.fetch import EVALUATION_WHEEL, fetch_wheel
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.models import Model, load
@@ -51,6 +52,10 @@ COLUMNS = ("prune", "quality", "tasks", "bytes", "shipped", "speed")
 RATIOS = (0.1, 0.2, 0.3)
 DENSE = Method(lambda folder, ratio, calibration, out: folder, "dense", "the model itself")
 SHIPPED = "Q4_0"
+
+
+class Inapplicable(Exception):
+    """A cell that a row cannot have, which is no failure."""
 
 
 def version() -> str:
@@ -110,6 +115,7 @@ class Harness:
     texts_hash: str
     again: bool = False
     keep: bool = False
+    failed: int = 0  # cells
 
     def depends_on(self, column: str) -> dict[str, Any]:
         """The settings of a cell, as it records them."""
@@ -142,8 +148,13 @@ class Harness:
         start = time.monotonic()
         try:
             cell = cells.timed(make)
-        except EdgepruneError as error:
-            cell = {"error": str(error)}
+        except Inapplicable as reason:
+            cell = {"absent": str(reason)}
+        except Exception as error:  # one cell of a run of hours; the record and the exit code tell of it
+            if not isinstance(error, EdgepruneError):
+                traceback.print_exc()
+            cell = {"error": str(error) or type(error).__name__}
+            self.failed += 1
         facts = {
             "settings": self.depends_on(column),
             "version": version(),
@@ -156,15 +167,16 @@ class Harness:
         print(f"{name}: {told} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One row's folder and files, made when a cell first needs them."""
+    """One row's folder and files, made when a cell first needs them; a failed pruning is not tried again."""
 
     harness: Harness
     method: Method
     name: str
     ratio: float
     place: Path
+    failure: EdgepruneError | None = None
 
     def folder(self) -> Path:
         """The pruned Hugging Face folder."""
@@ -176,9 +188,15 @@ class Row:
         return out
 
     def _prune(self, out: Path) -> Cell:
+        if self.failure:
+            raise self.failure
         harness = self.harness
         texts = harness.work / f"texts-{harness.texts_hash[:12]}.json"
-        return cells.prune(self.name, harness.model.folder, self.ratio, texts, out, harness.settings)
+        try:
+            return cells.prune(self.name, harness.model.folder, self.ratio, texts, out, harness.settings)
+        except EdgepruneError as error:
+            self.failure = error
+            raise
 
     def file(self, dtype: str) -> Path:
         """What is measured: the GGUF file, or the folder where only torch runs it."""
@@ -190,6 +208,7 @@ class Row:
         """The cell of one column.
 
         Raises:
+            Inapplicable: the row has no such cell.
             BadInput, StageFailed: the method, the export or the measurement says so.
         """
         settings, runtime = self.harness.settings, self.method.runtime
@@ -202,7 +221,7 @@ class Row:
         if column == "bytes" and runtime == "pytorch":
             return cells.sliced_bytes(self.folder())
         if runtime == "pytorch":
-            raise BadInput(f"no {SHIPPED} file: no stock runtime loads it")
+            raise Inapplicable(f"no {SHIPPED} file: no stock runtime loads it")
         shipped = self.file(SHIPPED)
         if column == "bytes":
             return cells.file_bytes(shipped)
@@ -279,8 +298,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure(args: argparse.Namespace) -> Record:
-    """Measure what the arguments ask for; the record, as it is on disk."""
+def measure(args: argparse.Namespace) -> tuple[Record, int]:
+    """Measure what the arguments ask for; the record, as it is on disk, and how many cells failed."""
     # Processes of their own find this folder's modules by the same path as this one.
     folders = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)
@@ -309,19 +328,25 @@ def measure(args: argparse.Namespace) -> Record:
     for method, ratio in rows_of(args.rows, args.ratios):
         harness.run(method, ratio, columns)
     record.save()
-    return record
+    return record, harness.failed
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+def main(arguments: list[str] | None = None) -> int:
+    """The command; its exit code: 4 if a cell failed."""
     args = parse(arguments)
-    record = read_json(args.out) if args.render else measure(args).value
+    failed = 0
+    if args.render:
+        record = read_json(args.out)
+    else:
+        measured, failed = measure(args)
+        record = measured.value
     print(page(record))
     if args.plots:
         curve = read_json(args.quantisation) if args.quantisation else None
         for path in plots(record, args.plots, curve):
             print(f"wrote {path}", file=sys.stderr)
+    return StageFailed.exit_code if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

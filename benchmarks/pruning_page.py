@@ -115,10 +115,10 @@ def page(record: Mapping[str, Any]) -> str:
     ]
     notes = {f"- {row['label']}: {row['note']}" for row in record["rows"] if row.get("note")}
     failed = [
-        f"- {_label(row)}, {_asked(row)}, {column}: {cell['error']}"
+        f"- {_label(row)}, {_asked(row)}, {column}: {cell.get('error') or cell['absent']}"
         for row in ordered(record)
         for column, cell in row["cells"].items()
-        if "error" in cell
+        if "error" in cell or "absent" in cell
     ]
     parts += ["\n".join(sorted(notes))] if notes else []
     parts += ["Not measured:\n\n" + "\n".join(failed)] if failed else []

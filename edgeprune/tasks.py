@@ -139,7 +139,7 @@ class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
 
     def _answers(self, inputs: list[list[int]], continuations: list[list[int]]) -> Iterator[tuple[int, Answer]]:
         """The index of a request and its answer, in whatever order is quickest."""
-        long = range(len(inputs))
+        long: Sequence[int] = range(len(inputs))
         runtime = self.runtime
         if isinstance(runtime, ForwardsTrees):
             short = [i for i in long if len(inputs[i]) <= runtime.tree_tokens]

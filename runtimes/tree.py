@@ -62,12 +62,12 @@ class _Growing:
     members: list[int] = field(default_factory=list)  # which texts these are
     path: list[int] = field(default_factory=list)  # nodes of the text before
 
-    def shared(self, text: Sequence[int]) -> int:
+    def shared(self, text: list[int]) -> int:
         """How many tokens of `text` are there already."""
         most = min(len(self.path), len(text))
         return next((i for i in range(most) if self.tokens[self.path[i]] != text[i]), most)
 
-    def add(self, member: int, text: Sequence[int], n_last: int) -> None:
+    def add(self, member: int, text: list[int], n_last: int) -> None:
         shared, leaf, start = self.shared(text), len(self.members), len(self.tokens)
         self.path = self.path[:shared] + list(range(start, start + len(text) - shared))
         self.tokens += text[shared:]
@@ -98,7 +98,7 @@ class _Growing:
 
 
 def trees(
-    texts: Sequence[Sequence[int]], n_last: Sequence[int], *, max_tokens: int, max_texts: int
+    texts: Sequence[list[int]], n_last: Sequence[int], *, max_tokens: int, max_texts: int
 ) -> Iterator[tuple[list[int], Tree]]:
     """All `texts` as trees of at most `max_tokens` tokens and `max_texts` texts, with the index of each tree's texts.
 

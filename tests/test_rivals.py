@@ -14,7 +14,7 @@ import torch
 
 from edgeprune.calibration import TextSet
 from edgeprune.checkpoint import Checkpoint
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.models import load
 from edgeprune.reference import build_reference
@@ -233,10 +233,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(out: Path, dense: Path, data: Path, *more: str) -> dict:
+def run(out: Path, dense: Path, data: Path, *more: str, code: int = 0) -> dict:
     options = {"--texts": 4, "--length": 32, "--windows": 2, "--limit": 4, "--threads": 1, "--repetitions": 1}
     words = [str(word) for pair in options.items() for word in pair]
-    pruning.main(["--out", str(out), "--model", str(dense), "--data", str(data), "--ratios", "0.1", *words, *more])
+    fixed = ["--out", str(out), "--model", str(dense), "--data", str(data), "--ratios", "0.1"]
+    assert pruning.main([*fixed, *words, *more]) == code
     return json.loads(out.read_text())
 
 
@@ -266,8 +267,9 @@ def test_the_harness_runs_and_goes_on_where_it_stopped(dense, data, tmp_path, mo
     monkeypatch.setattr(pruning.Row, "measure", forbidden)
     assert run(out, dense, data, "--rows", "magnitude", *columns)["rows"] == first["rows"]
     for change in (["--again"], ["--windows", "3"]):  # the second is a setting that the cell depends on
-        with pytest.raises(AssertionError, match="measured again"):
-            run(out, dense, data, "--rows", "magnitude", "--columns", "quality", *change)
+        again = run(out, dense, data, "--rows", "magnitude", "--columns", "quality", *change, code=4)
+        assert "measured again" in again["rows"][1]["cells"]["quality"]["error"]
+    monkeypatch.undo()
 
     capsys.readouterr()
     curve = tmp_path / "quantisation.json"
@@ -296,12 +298,20 @@ def test_what_fails_is_said_and_tried_again(dense, data, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     out = tmp_path / "pruning.json"
     cell = run(out, dense, data, "--rows", "slicegpt", "--columns", "speed")["rows"][0]["cells"]["speed"]
-    assert "no stock runtime" in cell["error"]
+    assert "no stock runtime" in cell["absent"]
     assert "Not measured" in page(json.loads(out.read_text()))
     calls = []
-    monkeypatch.setattr(pruning.Row, "measure", lambda self, column: calls.append(column) or {})
-    run(out, dense, data, "--rows", "slicegpt", "--columns", "speed")
-    assert calls == ["speed"]
+
+    def failing(self, column):
+        calls.append(column)
+        raise StageFailed("broken")
+
+    monkeypatch.setattr(pruning.Row, "measure", failing)
+    run(out, dense, data, "--rows", "slicegpt", "--columns", "speed", code=0)  # what cannot be is not asked for again
+    for _ in range(2):
+        cell = run(out, dense, data, "--rows", "amp", "--columns", "bytes", code=4)["rows"][1]["cells"]["bytes"]
+        assert cell["error"] == "broken"
+    assert calls == ["bytes", "bytes"]
     with pytest.raises(SystemExit):
         run(out, dense, data, "--rows", "flop")
     with pytest.raises(BadInput, match="another model"):
