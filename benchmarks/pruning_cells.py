@@ -24,7 +24,7 @@ from edgeprune.models import Model
 from edgeprune.quality import Quality, TextQuality, evaluate, evaluate_text, measure, quality_from_json
 from edgeprune.reference import load_reference
 from edgeprune.runtimes.bench import bench
-from edgeprune.runtimes.gguf_file import GgufFile, tensor_bytes
+from edgeprune.runtimes.gguf_file import BLOCKS, GgufFile, tensor_bytes
 from edgeprune.runtimes.isolate import run_isolated
 from edgeprune.tasks import run_tasks, special_tokens
 
@@ -227,21 +227,22 @@ def file_bytes(path: Path) -> Cell:
 
 
 def sliced_bytes(folder: Path) -> Cell:
-    """The same of a sliced model, computed: every matrix in Q4_0 (F16 where its rows are no whole blocks), the one that
-    the head reads in Q6_K's fallback Q8_0, as llama.cpp types dense models of such widths; vectors in F32."""
+    """The same of a sliced model, computed, since no file of it exists: vectors in F32, matrices in Q4_0 with rows
+    filled up to whole blocks, but the one that the head reads in Q8_0, which is what llama.cpp gives dense models of
+    such widths."""
     checkpoint = Checkpoint(folder)
     family = checkpoint.shape.family
-    head = f"{family.embedding}.weight" if f"{family.head}.adapter" in checkpoint else f"{family.head}.weight"
+    embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
+    if head not in checkpoint:
+        head = embedding
     read = total = 0
     for name in checkpoint.names:
-        size = checkpoint.dimensions(name)
-        if name == f"{family.head}.weight" and name != head:
-            continue
-        wanted = "F32" if len(size) < 2 else "Q8_0" if name == head else "Q4_0"
-        kind = "F16" if wanted.startswith("Q") and size[-1] % 32 else wanted
-        n_bytes = tensor_bytes(kind, size)
+        *rows, width = checkpoint.dimensions(name)
+        kind = "F32" if not rows else "Q8_0" if name == head else "Q4_0"
+        block = BLOCKS[kind][0]
+        n_bytes = tensor_bytes(kind, (*rows, -(-width // block) * block))
         total += n_bytes
-        read += n_bytes // size[0] if name == f"{family.embedding}.weight" and name != head else n_bytes
+        read += n_bytes // rows[0] if name == embedding != head else n_bytes
     return {"file_bytes": total, "bytes_per_token": read, "kind": "computed"}
 
 
