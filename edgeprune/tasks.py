@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from edgeprune.reference import Progress, isolated, report
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.tree import ForwardsTrees, trees
 from edgeprune.task_data import write_definitions
 
 try:
@@ -67,7 +69,9 @@ def special_tokens(path: Path) -> SpecialTokens:
 
 
 class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
-    """A runtime as lm-eval sees a model. Batch size 1; what neighbouring requests share is computed once.
+    """A runtime as lm-eval sees a model. What neighbouring requests share is computed once.
+
+    Where the runtime computes trees, many requests share one forward pass; elsewhere they follow one another.
 
     Args:
         runtime: a loaded model; its cache is this object's from now on.
@@ -123,17 +127,38 @@ class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
     def _loglikelihood_tokens(self, requests: list[Request], **kwargs: Any) -> list[Answer]:
         """Log-likelihood of each continuation, and whether it is the greedy one; too long contexts lose their start."""
         inputs = [self._input(context, continuation) for _, context, continuation in requests]
+        continuations = [continuation for _, _, continuation in requests]
         answers: list[Answer] = [(0.0, True)] * len(requests)
-        # In the order of their tokens, requests that share a context follow one another.
-        for done, i in enumerate(sorted(range(len(requests)), key=inputs.__getitem__), start=1):
-            pair, _, continuation = requests[i]
-            rows = self._predict(inputs[i], len(continuation))
-            likely = rows[np.arange(len(continuation)), continuation].sum(dtype=np.float64)
-            answers[i] = float(likely), bool((rows.argmax(axis=-1) == continuation).all())
+        for done, (i, answer) in enumerate(self._answers(inputs, continuations), start=1):
+            answers[i] = answer
+            pair = requests[i][0]
             if pair is not None:
-                self.cache_hook.add_partial("loglikelihood", pair, answers[i])
+                self.cache_hook.add_partial("loglikelihood", pair, answer)
             report(self.progress, "tasks", done, len(requests))
         return answers
+
+    def _answers(self, inputs: list[list[int]], continuations: list[list[int]]) -> Iterator[tuple[int, Answer]]:
+        """The index of a request and its answer, in whatever order is quickest."""
+        long: Sequence[int] = range(len(inputs))
+        runtime = self.runtime
+        if isinstance(runtime, ForwardsTrees):
+            short = [i for i in long if len(inputs[i]) <= runtime.tree_tokens]
+            long = [i for i in long if len(inputs[i]) > runtime.tree_tokens]
+            lengths = [len(continuations[i]) for i in short]
+            self._cached, self._rows = [], self._rows[:0]  # a tree leaves the cache empty
+            limits = {"max_tokens": runtime.tree_tokens, "max_texts": runtime.tree_texts}
+            for members, tree in trees([inputs[i] for i in short], lengths, **limits):
+                chosen = [continuations[short[member]] for member in members]
+                yield from zip(
+                    (short[member] for member in members),
+                    likelihoods(runtime.forward_tree(tree), tree.rows, chosen),
+                    strict=True,
+                )
+        # In the order of their tokens, requests that share a context follow one another.
+        for i in sorted(long, key=inputs.__getitem__):
+            rows, continuation = self._predict(inputs[i], len(continuations[i])), continuations[i]
+            likely = rows[np.arange(len(continuation)), continuation].sum(dtype=np.float64)
+            yield i, (float(likely), bool((rows.argmax(axis=-1) == continuation).all()))
 
     def _input(self, context: list[int], continuation: list[int]) -> list[int]:
         if not continuation:
@@ -218,6 +243,28 @@ class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
                 return text[: min(at for stop in stops if (at := text.find(stop)) >= 0)]
             row = self._predict([*tokens, *made], 1)
         return text
+
+
+def likelihoods(
+    logits: NDArray[np.float32], rows: Sequence[NDArray[np.int64]], continuations: Sequence[list[int]]
+) -> list[Answer]:
+    """Log-likelihood, nats, of each continuation and whether it is the greedy one.
+
+    Args:
+        logits: (R, V).
+        rows: of each continuation, the row of `logits` that predicts each of its tokens.
+        continuations: token ids.
+    """
+    totals, greedy = np.empty(len(logits)), np.empty(len(logits), dtype=np.int64)
+    for i, row in enumerate(logits):
+        greedy[i] = row.argmax()
+        top = row[greedy[i]]
+        totals[i] = float(top) + math.log(float(np.exp(row - top).sum()))
+    answers = []
+    for where, tokens in zip(rows, continuations, strict=True):
+        likely = logits[where, tokens].astype(np.float64) - totals[where]
+        answers.append((float(likely.sum()), bool((greedy[where] == tokens).all())))
+    return answers
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from edgeprune.errors import BadInput, StageFailed, missing_extra
 from edgeprune.runtimes.base import Logits, Tokens
 from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.tree import Tree
 
 try:
     import llama_cpp
@@ -220,9 +221,12 @@ class LlamaCpp(_Closing):
     """
 
     name: ClassVar[str] = "llamacpp"
+    tree_tokens: ClassVar[int] = N_UBATCH
+    tree_texts: ClassVar[int] = 128  # llama.cpp itself keeps at most 256 sequences apart
 
     def __init__(self, path: Path, *, n_ctx: int, threads: int, all_logits: bool = True, exact: bool = False) -> None:
         self._context: Any = None
+        self._tree_context: Any = None
         self._model: Any = None
         self._lock = threading.Lock()
         if not 0 < n_ctx < 1 << 31:
@@ -239,11 +243,17 @@ class LlamaCpp(_Closing):
         self._make_batches()
 
     def _make_context(self) -> Any:
+        context = self._new_context(self.n_ctx)
+        self._n_batch = int(llama_cpp.llama_n_batch(context))
+        return context
+
+    def _new_context(self, n_ctx: int, *, texts: int = 1) -> Any:
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = self.n_ctx
-        params.n_batch, params.n_ubatch = min(N_BATCH, self.n_ctx), min(N_UBATCH, self.n_ctx)
+        params.n_ctx = n_ctx
+        params.n_batch, params.n_ubatch = min(N_BATCH, n_ctx), min(N_UBATCH, n_ctx)
         params.n_threads = params.n_threads_batch = self.threads
-        params.n_seq_max = 1
+        params.n_seq_max = texts
+        params.kv_unified = texts > 1  # a token of several texts has one place in the cache
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         if self._exact:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -254,8 +264,7 @@ class LlamaCpp(_Closing):
             params.n_outputs_max = 1
         context = llama_cpp.llama_init_from_model(self._model, params)
         if not context:
-            raise failure(f"llama.cpp cannot make a context of {self.n_ctx} tokens", self.path)
-        self._n_batch = int(llama_cpp.llama_n_batch(context))
+            raise failure(f"llama.cpp cannot make a context of {n_ctx} tokens", self.path)
         return context
 
     def _make_batches(self) -> None:
@@ -321,6 +330,40 @@ class LlamaCpp(_Closing):
             logits[start : start + piece.size] = self._logits_view(context, piece.size)
         return logits
 
+    def forward_tree(self, tree: Tree) -> Logits:
+        """As `ForwardsTrees.forward_tree`, in a context of its own, made at the first call.
+
+        Raises:
+            BadInput: a token is not in the vocabulary, or logits of every token are asked of a model opened without
+                room for them.
+            StageFailed: llama.cpp fails.
+        """
+        self._open()
+        _check_tokens(tree.tokens, self.n_vocab)
+        if not self._all_logits:
+            raise BadInput("the model was opened with all_logits=False", where=self.path)
+        self.rewind(0)
+        if not self._tree_context:
+            self._tree_context = self._new_context(self.tree_tokens, texts=self.tree_texts)
+        # A token's texts are consecutive, so its list of sequences is a piece of the one list of all.
+        sequences = np.arange(self.tree_texts, dtype=np.int32)
+        columns = [tree.tokens, tree.positions, tree.last - tree.first + 1]
+        tokens, positions, counts = (np.ascontiguousarray(column, dtype=np.int32) for column in columns)
+        lists = np.ascontiguousarray(sequences.ctypes.data + 4 * tree.first, dtype=np.uintp)
+        flags = np.ascontiguousarray(tree.wanted, dtype=np.int8)
+        batch = llama_cpp.llama_batch()
+        batch.n_tokens = tree.tokens.size
+        batch.token = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+        batch.pos = positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
+        batch.n_seq_id = counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.seq_id = lists.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(llama_cpp.llama_seq_id)))
+        batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._tree_context), False)
+        forget_complaints()
+        if status := llama_cpp.llama_decode(self._tree_context, batch):
+            raise failure(f"llama.cpp cannot decode (status {status})", self.path)
+        return self._logits(self._tree_context, int(tree.wanted.sum()))
+
     def _logits_view(self, context: Any, rows: int) -> Logits:
         pointer = llama_cpp.llama_get_logits(context)  # waits for the computation
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
@@ -381,9 +424,9 @@ class LlamaCpp(_Closing):
     def close(self) -> None:
         """Free the context and the model; a second call does nothing."""
         with self._lock:
-            if self._context:
-                llama_cpp.llama_free(self._context)
-                self._context = None
+            for context in filter(None, (self._context, self._tree_context)):
+                llama_cpp.llama_free(context)
+            self._context = self._tree_context = None
             if self._model:
                 llama_cpp.llama_model_free(self._model)
                 self._model = None

@@ -12,6 +12,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.per_layer import KEY
 from edgeprune.runtimes.base import Logits, Tokens
+from edgeprune.runtimes.tree import Tree
 
 try:
     import torch
@@ -46,6 +47,8 @@ class PyTorch:
     """
 
     name: ClassVar[str] = "pytorch"
+    tree_tokens: ClassVar[int] = 1024
+    tree_texts: ClassVar[int] = 1024
     _path: Path | None
 
     def __init__(self, path: Path, *, n_ctx: int, threads: int) -> None:
@@ -108,6 +111,29 @@ class PyTorch:
                 logits_to_keep=1 if last_only else 0,  # 0: all of them
             )
             logits: Logits = output.logits[0].float().cpu().numpy()  # (T or 1, n_vocab)
+        return logits
+
+    def forward_tree(self, tree: Tree) -> Logits:
+        """As `ForwardsTrees.forward_tree`: one sequence, whose mask and positions are the tree's.
+
+        Raises:
+            BadInput: a token is not in the vocabulary.
+        """
+        if tree.tokens.min() < 0 or tree.tokens.max() >= self.n_vocab:
+            raise BadInput(f"a token is outside the vocabulary of {self.n_vocab}")
+        self._clear()
+        device, dtype = self._model.device, self._model.dtype
+        visible = torch.from_numpy(tree.visible()).to(device)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=torch.from_numpy(tree.tokens)[None].to(device),  # (1, T)
+                attention_mask=mask[None, None],  # (1, 1, T, T), added to the scores
+                position_ids=torch.from_numpy(tree.positions)[None].to(device),
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(np.flatnonzero(tree.wanted)).to(device),
+            )
+            logits: Logits = output.logits[0].float().cpu().numpy()  # (wanted, n_vocab)
         return logits
 
     def rewind(self, n_past: int) -> None:

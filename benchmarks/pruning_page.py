@@ -1,0 +1,215 @@
+"""The tables and plots of the pruning comparison, from its JSON alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TASK_METRICS = {  # task -> short name, and the accuracy that is usually quoted for it
+    "arc_easy": ("ARC-e", "acc_norm"),
+    "arc_challenge": ("ARC-c", "acc_norm"),
+    "hellaswag": ("HellaSwag", "acc_norm"),
+    "piqa": ("PIQA", "acc_norm"),
+    "winogrande": ("WinoGrande", "acc"),
+}
+ABSENT = "–"
+
+Row = Mapping[str, Any]
+
+
+def value(row: Row, column: str, key: str) -> float | None:
+    """A figure of a row, or None where it was not measured or is not finite."""
+    found = row["cells"].get(column, {}).get(key)
+    return float(found) if isinstance(found, (int, float)) and math.isfinite(found) else None
+
+
+def dense_row(record: Mapping[str, Any]) -> Row:
+    """The dense model's row; an empty one where it was not measured."""
+    empty: dict[str, Any] = {"method": "dense", "label": "dense", "ratio": 0.0, "cells": {}}
+    return next((row for row in record["rows"] if row["method"] == "dense"), empty)
+
+
+def ordered(record: Mapping[str, Any]) -> list[Row]:
+    """The dense model, then ratio by ratio in the order in which methods were first measured."""
+    methods = list(dict.fromkeys(row["method"] for row in record["rows"]))
+    return sorted(record["rows"], key=lambda row: (row["ratio"], methods.index(row["method"])))
+
+
+def average(row: Row) -> tuple[float, float] | None:
+    """Mean of the five accuracies, and its standard error (tasks are independent); None unless all are there."""
+    found = [value(row, task, metric) for task, (_, metric) in TASK_METRICS.items()]
+    errors = [value(row, task, f"{metric}_stderr") for task, (_, metric) in TASK_METRICS.items()]
+    if any(each is None for each in (*found, *errors)):
+        return None
+    count = len(found)
+    return sum(map(float, filter(None, found))) / count, math.sqrt(sum(e**2 for e in errors if e)) / count
+
+
+def text_table(record: Mapping[str, Any]) -> str:
+    """Quality on text, and the costs: a line a row."""
+    dense = dense_row(record)
+    base = value(dense, "quality", "bits_per_byte")
+    lines = [
+        "| method | removed | bits per byte | over dense | perplexity | KL, nats | top-1 | Q4_0: MB a token "
+        "| Q4_0: KL | tokens/s | pruning, min | peak, MiB |",
+        "|---|" + "---:|" * 11,
+    ]
+    for row in ordered(record):
+        bits = value(row, "quality", "bits_per_byte")
+        reached = value(row, "prune", "reached_ratio")
+        read = value(row, "bytes", "bytes_per_token")
+        seconds = value(row, "prune", "seconds")
+        cells = [
+            _label(row),
+            f"{100 * reached:.1f} %" if reached is not None else _asked(row),
+            _number(bits, ".4f"),
+            _number(bits / base if bits and base else None, ".3f"),
+            _perplexity(value(row, "quality", "perplexity")),
+            _number(value(row, "quality", "kl_nats"), ".4f"),
+            _number(value(row, "quality", "top1"), ".3f"),
+            _number(read / 1e6 if read else None, ".1f"),
+            _number(value(row, "shipped", "kl_nats"), ".4f"),
+            _number(value(row, "speed", "tg128"), ".0f"),
+            _number(seconds / 60 if seconds is not None else None, ".1f"),
+            _number(value(row, "prune", "peak_mib"), ".0f"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def task_table(record: Mapping[str, Any]) -> str:
+    """Accuracies in percent with standard errors, and the average over the dense model's: a line a row."""
+    base = average(dense_row(record))
+    names = [f"{name} ({metric})" for name, metric in TASK_METRICS.values()]
+    lines = [f"| method | removed | {' | '.join(names)} | average | of dense |", "|---|" + "---:|" * (len(names) + 3)]
+    for row in ordered(record):
+        if not any(task in row["cells"] for task in TASK_METRICS):
+            continue
+        cells = []
+        for task, (_, metric) in TASK_METRICS.items():
+            found, error = value(row, task, metric), value(row, task, f"{metric}_stderr")
+            cells.append(
+                f"{100 * found:.1f} ± {100 * error:.1f}" if found is not None and error is not None else ABSENT
+            )
+        mean = average(row)
+        cells.append(f"{100 * mean[0]:.1f} ± {100 * mean[1]:.1f}" if mean else ABSENT)
+        cells.append(f"{100 * mean[0] / base[0]:.1f} %" if mean and base else ABSENT)
+        lines.append(f"| {_label(row)} | {_asked(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """Both tables, what they were measured on, the notes, and what failed."""
+    settings, calibration = record["settings"], record["calibration"]
+    limits = sorted(
+        {_limit(row["cells"][task]) for row in record["rows"] for task in TASK_METRICS if task in row["cells"]}
+    )
+    parts = [
+        f"Model {record['model']}, {record['parameters']:,} parameters. Calibration: {calibration['source']}, "
+        f"{calibration['tokens']:,} tokens. Text: {record['text']}, {settings['windows']} of them, "
+        f"{settings['dtype']} files. Tasks: {', '.join(limits) or 'none'}.",
+        text_table(record),
+        task_table(record),
+    ]
+    notes = {f"- {row['label']}: {row['note']}" for row in record["rows"] if row.get("note")}
+    failed = [
+        f"- {_label(row)}, {_asked(row)}, {column}: {cell.get('error') or cell['absent']}"
+        for row in ordered(record)
+        for column, cell in row["cells"].items()
+        if "error" in cell or "absent" in cell
+    ]
+    parts += ["\n".join(sorted(notes))] if notes else []
+    parts += ["Not measured:\n\n" + "\n".join(failed)] if failed else []
+    return "\n\n".join(parts)
+
+
+def plots(record: Mapping[str, Any], folder: Path, quantisation: Mapping[str, Any] | None = None) -> list[Path]:
+    """Draw bits per byte over dense against parameters removed, and KL against bytes per token; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_quality_plot(record, folder / "quality.svg"), _bytes_plot(record, folder / "bytes.svg", quantisation)]
+
+
+def _lines(record: Mapping[str, Any], x: tuple[str, str], y: tuple[str, str]) -> dict[str, list[tuple[float, float]]]:
+    """Label -> points of the methods that have both figures."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in ordered(record):
+        across, up = value(row, *x), value(row, *y)
+        if across is not None and up is not None:
+            lines.setdefault(row["label"], []).append((across, up))
+    return lines
+
+
+def _quality_plot(record: Mapping[str, Any], path: Path) -> Path:
+    base = value(dense_row(record), "quality", "bits_per_byte")
+    figure, axes = _figure("parameters removed, %", "bits per byte over dense (WikiText-2 test)")
+    if base:
+        for label, points in _lines(record, ("prune", "reached_ratio"), ("quality", "bits_per_byte")).items():
+            pairs = [(0.0, 1.0), *((100 * removed, bits / base) for removed, bits in points)]
+            axes.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=label)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("×{x:g}")
+    return _save(figure, axes, path)
+
+
+def _bytes_plot(record: Mapping[str, Any], path: Path, quantisation: Mapping[str, Any] | None) -> Path:
+    figure, axes = _figure("weights read per decoded token, MB", "KL to the dense model, nats a token")
+    for label, points in _lines(record, ("bytes", "bytes_per_token"), ("shipped", "kl_nats")).items():
+        pairs = [(read / 1e6, kl) for read, kl in points if kl > 0]
+        if pairs:
+            axes.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=f"{label}, Q4_0")
+    if quantisation is not None:
+        axes.plot(
+            *zip(*best_curve(quantisation), strict=True), "k--", drawstyle="steps-post", label="quantisation alone"
+        )
+    axes.set_yscale("log")
+    return _save(figure, axes, path)
+
+
+def best_curve(quantisation: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(MB a token, KL) of the rows that no row of fewer bytes beats, by rising bytes."""
+    best: list[tuple[float, float]] = []
+    for row in sorted(quantisation["rows"], key=lambda row: (row["bytes_per_token"], row["kl_nats"])):
+        if row["kl_nats"] > 0 and (not best or row["kl_nats"] < best[-1][1]):
+            best.append((row["bytes_per_token"] / 1e6, row["kl_nats"]))
+    return best
+
+
+def _figure(across: str, up: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: Path) -> Path:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+    figure.savefig(path)
+    return path
+
+
+def _label(row: Row) -> str:
+    return f"**{row['label']}**" if row["method"] == "dense" else str(row["label"])
+
+
+def _asked(row: Row) -> str:
+    return f"{100 * row['ratio']:g} %" if row["ratio"] else "0"
+
+
+def _limit(cell: Mapping[str, Any]) -> str:
+    limit = cell.get("settings", {}).get("limit")
+    return f"the first {limit:,} items of each" if limit else "all items"
+
+
+def _number(number: float | None, form: str) -> str:
+    return ABSENT if number is None else format(number, form)
+
+
+def _perplexity(number: float | None) -> str:
+    return ABSENT if number is None else f"{number:.2f}" if number < 1e4 else f"{number:.1e}"
