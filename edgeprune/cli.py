@@ -8,20 +8,19 @@ import logging
 import os
 import sys
 import warnings
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from edgeprune.cli_look import AsJson, devices_app, doctor, inspect
+from edgeprune.cli_prune import Calibration, Seed, prune
+from edgeprune.cli_recover import duration, recover
+from edgeprune.cli_vocabulary import vocabulary
 from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, missing_extra
 from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
-
-if TYPE_CHECKING:
-    from edgeprune.plan import Scope
 
 app = typer.Typer(
     name="edgeprune",
@@ -45,33 +44,11 @@ Model = Annotated[
     typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or a demo: demo, gemma3-270m.", metavar="MODEL"),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        help="Text to score on: a .txt or .jsonl file, or a hub dataset. Default: text the model writes itself.",
-        show_default=False,
-        metavar="FILE|DATASET",
-    ),
-]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads here. Default: all cores.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of self-generated text.")]
 
 
 def _threads(threads: int | None) -> int:
     return threads or os.cpu_count() or 1
-
-
-def _duration(text: str) -> float:
-    """Seconds of "90", "90s", "15m" or "2h"."""
-    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:].lower())
-    try:
-        seconds = float(text[:-1] if unit else text) * (unit or 1)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise BadInput(f"{text!r} is no duration", where="--max-time", remedy="write for example 90s, 15m or 2h")
-    return seconds
 
 
 @app.command()
@@ -102,9 +79,21 @@ def fit(
     ] = None,
     out: Out = None,
     threads: Threads = None,
+    method: Annotated[
+        str, typer.Option("--method", help="obs: per-layer plans by measured damage, least squares; amp: the paper's.")
+    ] = "obs",
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="The same widths in every layer, which stock transformers loads.")
+    ] = False,
+    recover: Annotated[
+        str | None, typer.Option("--recover", help="Train the best pruned candidate so long before export: 20m, 2h.")
+    ] = None,
     max_candidates: Annotated[
-        int, typer.Option("--max-candidates", min=1, help="Export and measure at most so many.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            "--max-candidates", min=1, help="Pruned candidates to make at most. Default: 2 (amp: 10).", show_default=False
+        ),
+    ] = None,
     max_time: Annotated[
         str | None, typer.Option("--max-time", help="Measure no further candidate after this long: 90s, 15m, 2h.")
     ] = None,
@@ -117,7 +106,8 @@ def fit(
 ) -> None:
     """Find the version of a model that loses least within a device's budget; export, measure and bundle it."""
     from edgeprune.devices import Budget, load_profile
-    from edgeprune.fitting import FitOptions, estimate, prepare
+    from edgeprune.errors import unknown
+    from edgeprune.fitting import FIT_METHODS, FitOptions, estimate, prepare
     from edgeprune.fitting import fit as run_fit
     from edgeprune.report import MEASURED_HEADER, measured_rows
 
@@ -129,12 +119,17 @@ def fit(
         "calibration": calibration,
         "held_out": held_out,
         "limit": max_candidates,
-        "max_time_s": _duration(max_time) if max_time else None,
+        "method": method,
+        "uniform": uniform,
+        "recovery_s": duration(recover, "--recover") if recover else 0.0,
+        "max_time_s": duration(max_time, "--max-time") if max_time else None,
         "resume": resume,
         "seed": seed,
         "targets": _targets(quant, runtime),
         "threads": _threads(threads),
     }
+    if method not in FIT_METHODS:
+        raise unknown("method", method, FIT_METHODS)
     if ratios:
         chosen["ratios"] = _numbers(ratios, "--ratios")
     with Stages() as stages:
@@ -187,63 +182,6 @@ def _numbers(text: str, where: str) -> tuple[float, ...]:
     if not all(0 <= value < 1 for value in values):
         raise BadInput(f"{text!r}: every ratio must be a number in [0, 1)", where=where, remedy="for example 0.1,0.2")
     return values
-
-
-@app.command()
-def prune(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo.")],
-    ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of all parameters to remove.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in Hugging Face format.")],
-    method: Annotated[str, typer.Option("--method", help="amp, or the controls random and reversed.")] = "amp",
-    align: Annotated[
-        str, typer.Option("--align", help="Neurons kept are a multiple of this: a number, or a quantisation to suit.")
-    ] = "Q4_0",
-    scope: Annotated[
-        str, typer.Option("--scope", help="both: heads and neurons in equal shares, as published; mlp: neurons alone.")
-    ] = "both",
-    calibration: Calibration = None,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Prune a model to a checkpoint that stock transformers loads."""
-    from edgeprune.pruning import prune as run_prune
-    from edgeprune.targets import target_for
-
-    if align.isdigit():
-        step = int(align)
-    else:
-        target = target_for(align)
-        step = target.format.alignment(target.quantisation)
-    with Stages() as stages:
-        plan = run_prune(
-            model,
-            ratio,
-            out,
-            method=method,
-            align=step,
-            scope=cast("Scope", scope),
-            calibration=calibration,
-            seed=seed,
-            progress=stages,
-        )
-    widths = plan.layers[0].widths
-    summary = {
-        "out": str(out),
-        "method": plan.method,
-        "asked_ratio": plan.asked_ratio,
-        "reached_ratio": plan.reached_ratio,
-        "align": step,
-        **asdict(widths),
-    }
-    if as_json:
-        print_json(summary)
-        return
-    console.print(
-        f"asked {100 * plan.asked_ratio:.2f} %, reached {100 * plan.reached_ratio:.2f} % of all parameters "
-        f"(neurons in steps of {step}): {widths.heads} query heads, {widths.kv_heads} key/value heads, "
-        f"{widths.neurons} neurons a layer"
-    )
-    console.print(f"written to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -362,6 +300,9 @@ def evaluate(
         print_table("Tasks (lm-eval)", ("task", "metric", "value", "standard error", "items"), answer.task_rows)
 
 
+app.command()(prune)
+app.command()(recover)
+app.command()(vocabulary)
 app.command()(inspect)
 app.command()(doctor)
 app.add_typer(devices_app, name="devices")

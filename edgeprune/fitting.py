@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,14 +24,17 @@ from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import cache_dir, write_json
 from edgeprune.models import Model, checkpoint_folder, load, resolve
-from edgeprune.proposal import Proposal, estimated_seconds, plans, propose
-from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, cached_scores
+from edgeprune.proposal import Proposal, estimated_seconds, propose
+from edgeprune.making import Maker
+from edgeprune.pruning import AMP, CALIBRATION_LENGTH, CALIBRATION_TEXTS, cached_scores
 from edgeprune.quality import differs
-from edgeprune.record import Trial, append_trial, files_of, fit_record, read_trials
+from edgeprune.record import Trial, files_of, fit_record
 from edgeprune.reference import load_reference, make_reference
 from edgeprune.report import write_report
+from edgeprune.rounds import LIMIT_AMP, Measured, by_damage, by_scores, measure_all, recovered
+from edgeprune.search import METHOD as OBS
 from edgeprune.targets import Target, default_targets, target_for
-from edgeprune.workshop import TIMEOUT_S, Workshop, trial_key
+from edgeprune.workshop import TIMEOUT_S, Workshop
 
 # 16 windows tell apart what differs by a few per cent in KL on the demo model; more would only take longer.
 HELD_OUT_WINDOWS = 16
@@ -38,8 +42,9 @@ HELD_OUT_LENGTH = 512
 # Below it the model no longer says what dense says more often than not, and text tends to fall apart.
 POOR_TOP1 = 0.5
 
+FIT_METHODS = (OBS, AMP)
+
 Progress = Callable[[str, int, int], None]
-Measured = tuple[Candidate, Trial]
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,10 @@ class FitOptions:
         calibration: text to score on, a file or hub dataset; None: the model writes its own.
         held_out: text to judge on, a file; None: the model writes its own, other than the calibration's.
         threads: threads of the runtimes here. Predictions use the device's.
-        limit: how many candidates to export and measure at most.
+        method: "obs": per-layer plans from the damage table, with compensation; "amp": the paper's method alone.
+        uniform: "obs" gives all layers the same widths.
+        recovery_s: seconds of recovery that the best pruned candidate gets; 0: none.
+        limit: how many pruned candidates to make and measure at most; None: 2 of "obs", 10 of "amp", whose are quick.
         max_time_s: measure no further candidate after this many seconds, if one is measured.
         resume: use trials that an earlier run in the same folder finished.
         seed: seed of self-generated text.
@@ -63,7 +71,10 @@ class FitOptions:
     calibration: str | None = None
     held_out: str | None = None
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
-    limit: int = 10
+    method: str = OBS
+    uniform: bool = False
+    recovery_s: float = 0.0
+    limit: int | None = None
     max_time_s: float | None = None
     resume: bool = True
     seed: int = 0
@@ -104,7 +115,8 @@ def prepare(
         raise BadInput(
             f"context {budget.context} is more than the model's {shape.max_positions}", remedy="ask for less"
         )
-    proposal = propose(str(model), shape, profile, budget, options.targets, ratios=options.ratios, limit=options.limit)
+    limit = options.limit or LIMIT_AMP
+    proposal = propose(str(model), shape, profile, budget, options.targets, ratios=options.ratios, limit=limit)
     if not proposal.n_feasible:
         raise proposal.nothing_fits()
     return source, proposal
@@ -173,34 +185,13 @@ def fit(
         on_proposal(proposal)
     out = _writable(Path(out) if out else Path("runs") / f"{Path(str(model)).stem}-{profile.name}")
 
-    # Importance: one pass over calibration text; every ratio is then arithmetic.
     loaded = load(source)
     calibration = _calibration(loaded, settings, progress)
-    scores = cached_scores(loaded, calibration, progress=progress)
-    plan_for = plans(
-        proposal.shape,
-        [h.numpy() for h in scores.heads],
-        [n.numpy() for n in scores.neurons],
-        method=scores.method,
-        model_hash=loaded.hash,
-        text_hash=calibration.hash,
-    )
-    proposal = propose(
-        str(model),
-        proposal.shape,
-        profile,
-        budget,
-        settings.targets,
-        plan_for,
-        ratios=settings.ratios,
-        limit=settings.limit,
-    )
-    if not proposal.to_measure:
-        raise proposal.nothing_fits()
 
     # The reference: what the dense model says of held-out text, once.
     text, text_source = _held_out(loaded, settings, progress)
     model_hash = loaded.hash
+    scores = cached_scores(loaded, calibration, progress=progress) if settings.method == AMP else None
     del loaded  # the runtimes run in processes of their own; this one's copy of the weights is done with
     reference = make_reference(
         source,
@@ -213,14 +204,33 @@ def fit(
         timeout_s=TIMEOUT_S,
         progress=None if progress is None else lambda m: progress("running the dense model", m["done"], m["total"]),
     )
-
-    # Measure each candidate's exported file, choose, and bundle.
     workshop = Workshop(
-        out / "work", source, reference, settings.threads, bench=profile.at_hand, context=budget.context
+        out / "work",
+        source,
+        reference,
+        settings.threads,
+        bench=profile.at_hand,
+        context=budget.context,
+        make=Maker(source, model_hash, calibration, settings.seed),
+        texts=calibration,
     )
-    trials = _measure(proposal, workshop, out / "trials.jsonl", model_hash, settings, started, progress)
+    measure = partial(
+        measure_all, workshop=workshop, log=out / "trials.jsonl", model_hash=model_hash, settings=settings, started=started
+    )
+
+    # Candidates, each exported and measured in its runtime; then the choice.
+    if scores is not None:
+        proposal = by_scores(proposal, scores, settings)
+        trials = measure(proposal, progress=progress)
+    else:
+        proposal, trials = by_damage(proposal, source, model_hash, calibration, settings, measure, progress)
     fitting = [(candidate, trial) for candidate, trial in trials if candidate.fits]
     winner = choose(fitting)
+    if winner is not None and settings.recovery_s and not winner[0].dense:
+        proposal, again = recovered(proposal, winner[0], settings, measure, progress)
+        trials += again
+        fitting += [pair for pair in again if pair[0].fits]
+        winner = choose(fitting)
     if winner is None:
         outcomes = "; ".join(f"{c}: {t.reason or ', '.join(c.reasons)}" for c, t in trials)
         failed = all(t.quality is None for _, t in trials)
@@ -238,7 +248,8 @@ def fit(
         path = workshop.export(candidate)
         if files_of(path) != trial.files:
             raise StageFailed("not the file that was measured", where=path, remedy="run again with --no-resume")
-        write_bundle(result, candidate, trial, path, source, out / folder)
+        plan = workshop.plan(candidate, proposal.shape)
+        write_bundle(result, candidate, trial, path, plan, source, out / folder)
     record = fit_record(
         result,
         model_hash=model_hash,
@@ -294,50 +305,6 @@ def _held_out(model: Model, settings: FitOptions, progress: Progress | None) -> 
         progress=None if progress is None else lambda d, t: progress("writing held-out text", d, t),
     )
     return "\n\n".join(own.texts), own.source
-
-
-def _measure(
-    proposal: Proposal,
-    workshop: Workshop,
-    log: Path,
-    model_hash: str,
-    settings: FitOptions,
-    started: float,
-    progress: Progress | None,
-) -> list[Measured]:
-    """Trials of the candidates worth measuring, each logged when it is finished; known ones are not repeated."""
-    if not settings.resume:
-        log.unlink(missing_ok=True)
-    known = read_trials(log)
-    measured: list[Measured] = []
-    for candidate in proposal.to_measure:
-        key = trial_key(candidate, model_hash, workshop)
-        trial = known.get(key)
-        if trial is None:
-            late = settings.max_time_s is not None and time.monotonic() - started > settings.max_time_s
-            if late and any(t.quality is not None and c.fits for c, t in measured):
-                break
-            trial = workshop.measure(candidate, key, progress)
-            append_trial(log, trial)
-        if trial.speed:  # measured on the device itself: the prediction no longer decides
-            candidate = replace(candidate, reasons=judge_measured(trial, proposal.budget))
-        measured.append((candidate, trial))
-    return measured
-
-
-def judge_measured(trial: Trial, budget: Budget) -> tuple[str, ...]:
-    """Limits of the budget that a file broke when it was measured on the device."""
-    reasons = []
-    speed = trial.speed["tg128"]["median_ts"]
-    if budget.min_tokens_per_s is not None and speed < budget.min_tokens_per_s:
-        reasons.append(f"needs {budget.min_tokens_per_s:g} tokens/s, measured {speed:.1f}")
-    peaks = [test["peak_mib"] for test in trial.speed.values() if test["peak_mib"] is not None]
-    if budget.max_memory_mib is not None and peaks and max(peaks) > budget.max_memory_mib:
-        reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, measured {max(peaks):.0f}")
-    size = sum(file["bytes"] for file in trial.files.values()) / (1 << 20)
-    if budget.max_file_mib is not None and size > budget.max_file_mib:
-        reasons.append(f"file at most {budget.max_file_mib:.4g} MiB, measured {size:.1f}")
-    return tuple(reasons)
 
 
 def _verdict(chosen: Candidate, trial: Trial, profile: DeviceProfile, budget: Budget) -> str:

@@ -103,7 +103,13 @@ def cached_importance_matrix(model: Model, texts: TextSet, *, progress: Progress
 
 
 def provide_imatrix(
-    folder: Path, out: Path, *, calibration: str | None = None, seed: int = 0, progress: Progress | None = None
+    folder: Path,
+    out: Path,
+    *,
+    texts: TextSet | None = None,
+    calibration: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Path:
     """Write to `out` the importance matrix of the checkpoint in `folder`, for targets whose name says `imatrix`.
 
@@ -111,6 +117,7 @@ def provide_imatrix(
         folder: Hugging Face format; a pruned model needs a matrix of its own, since other inputs reach its weights.
         out: the GGUF file to write; `targets.IMATRIX` in the scratch folder of an export. One that is there already
             is kept.
+        texts: what to run it on, for the model's own tokenizer; None reads `calibration`.
         calibration: a text file or hub dataset; None lets the model write its own.
         seed: of self-generated text.
         progress: called with tokens done and all.
@@ -120,6 +127,7 @@ def provide_imatrix(
     """
     if not out.exists():
         model = load(folder)
-        texts = text_set(model, calibration, count=TEXTS, length=LENGTH, seed=seed)
+        if texts is None:
+            texts = text_set(model, calibration, count=TEXTS, length=LENGTH, seed=seed)
         write_imatrix(cached_importance_matrix(model, texts, progress=progress), out)
     return out

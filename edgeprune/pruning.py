@@ -44,6 +44,7 @@ SCORES: dict[str, Callable[[Scores, int], Scores]] = {
     "random": random_scores,
     "reversed": lambda scores, _seed: reversed_scores(scores),
 }
+AMP = "amp"
 METHODS = (OBS, *SCORES)
 
 

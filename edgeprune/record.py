@@ -193,6 +193,8 @@ def _command(result: FitResult, options: FitOptions) -> str:
         "--held-out": options.held_out,
         "--ratios": ",".join(f"{r:g}" for r in options.ratios) if options.ratios != RATIOS else None,
         "--max-candidates": options.limit,
+        "--method": options.method,
+        "--recover": f"{options.recovery_s:g}s" if options.recovery_s else None,
         "--seed": options.seed,
         "--out": result.out,
     }
@@ -202,4 +204,4 @@ def _command(result: FitResult, options: FitOptions) -> str:
         if value is not None
         for word in (key, f"{value:g}" if isinstance(value, float) else str(value))
     ]
-    return shlex.join(["edgeprune", "fit", *words])
+    return shlex.join(["edgeprune", "fit", *words, *(["--uniform"] if options.uniform else [])])

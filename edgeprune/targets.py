@@ -105,7 +105,19 @@ FORMATS: dict[str, Format] = {
             name="gguf",
             runtime="llamacpp",
             quantisations=tuple(QUANTISATIONS),
-            fit=("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"),
+            # Beside the usual ones three that read less: embedding and head in four bits, and an importance matrix.
+            fit=(
+                "Q8_0",
+                "Q6_K",
+                "Q5_K_M",
+                "Q4_K_M",
+                "Q4_0",
+                "Q4_0:imatrix",
+                "Q4_0:embed=Q4_0:head=Q4_0:imatrix",
+                "IQ4_NL:embed=IQ4_NL:head=IQ4_NL:imatrix",
+                "Q3_K_M",
+                "Q2_K:imatrix",
+            ),
             parts=gguf_bytes,
             alignment=gguf_alignment,
             fallbacks=gguf_fallbacks,
@@ -147,6 +159,11 @@ class Target:
     def mixture(self) -> str:
         """The quantisation without its options: what its speed is published under."""
         return self.quantisation.partition(":")[0]
+
+    @property
+    def needs_imatrix(self) -> bool:
+        """Whether exporting takes an importance matrix of the checkpoint, in the scratch folder."""
+        return self.format.name == "gguf" and recipe(self.quantisation).imatrix
 
     def __str__(self) -> str:
         return f"{self.quantisation} on {self.runtime}"

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
 from edgeprune.errors import StageFailed
-from edgeprune.export.gguf_types import recipe
 from edgeprune.imatrix import provide_imatrix
 from edgeprune.plan import PrunePlan
 from edgeprune.quality import evaluate
@@ -44,8 +44,10 @@ class Workshop:
         bench: bool,
         context: int,
         make: Make,
+        texts: TextSet,
     ) -> None:
         self.make = make
+        self.texts = texts
         self.folder = folder
         self.source = source
         self.reference = reference
@@ -70,8 +72,8 @@ class Workshop:
                 self.make(candidate, checkpoint, progress)
             shutil.copyfile(checkpoint / PLAN_FILE, self._plan_file(candidate))
         scratch.mkdir(parents=True, exist_ok=True)
-        if recipe(candidate.target.quantisation).imatrix and not (scratch / IMATRIX).exists():
-            provide_imatrix(checkpoint, scratch / IMATRIX, calibration=None)
+        if candidate.target.needs_imatrix:
+            provide_imatrix(checkpoint, scratch / IMATRIX, texts=self.texts)
         return candidate.target.format.export(checkpoint, out, candidate.target.quantisation, scratch, self.threads)
 
     def plan(self, candidate: Candidate, shape: ModelShape) -> PrunePlan:

@@ -1,0 +1,77 @@
+"""Makes the checkpoint of a pruned candidate: by its plan, with compensation and recovery where it says so."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeprune.calibration import TextSet
+from edgeprune.candidates import Candidate
+from edgeprune.compensated import Origin, prune_compensated
+from edgeprune.plan import PrunePlan
+from edgeprune.pruning import COMPENSATION, windows_of
+from edgeprune.surgery import prune_checkpoint
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Writes pruned checkpoints of one dense model.
+
+    Attributes:
+        source: the dense checkpoint.
+        model_hash: its identity.
+        texts: calibration text.
+        seed: of recovery.
+        recovery_text: what recovery trains on; None: what the dense model writes.
+    """
+
+    source: Path
+    model_hash: str
+    texts: TextSet
+    seed: int = 0
+    recovery_text: tuple[str, ...] | None = None
+
+    def __call__(self, candidate: Candidate, out: Path, progress: Progress | None) -> None:
+        """Write the checkpoint of `candidate` to `out`.
+
+        Raises:
+            BadInput: a full disk.
+            StageFailed: a solution or a training run that fails.
+        """
+        if not candidate.recovery_s:
+            self._prune(candidate, out, progress)
+            return
+        from edgeprune.recovery import recover
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".pruned.", dir=out.parent) as scratch:
+            pruned = Path(scratch) / "pruned"
+            self._prune(candidate, pruned, progress)
+            recover(
+                pruned,
+                self.source,
+                out,
+                seconds=candidate.recovery_s,
+                text=self.recovery_text,
+                seed=self.seed,
+                progress=progress,
+            )
+
+    def _prune(self, candidate: Candidate, out: Path, progress: Progress | None) -> None:
+        plan = candidate.plan
+        if isinstance(plan, PrunePlan):
+            prune_checkpoint(self.source, plan, out)
+            return
+        prune_compensated(
+            self.source,
+            windows_of(self.texts),
+            plan.layers,
+            COMPENSATION,
+            out,
+            origin=Origin(plan.method, plan.asked_ratio, self.model_hash, self.texts.hash),
+            progress=None if progress is None else lambda d, t: progress(f"compensating {candidate}", d, t),
+        )

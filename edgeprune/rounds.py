@@ -1,0 +1,151 @@
+"""Rounds of `fit`: which candidates are made and measured, by AMP's scores or by the damage table; each is logged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.calibration import TextSet
+from edgeprune.candidates import Candidate
+from edgeprune.devices import Budget
+from edgeprune.files import cache_dir
+from edgeprune.importance import Scores
+from edgeprune.proposal import Proposal, plans, propose
+from edgeprune.pruning import cached_damage
+from edgeprune.record import Trial, append_trial, read_trials
+from edgeprune.search import dense_candidates, pruned_candidates, worth_making
+from edgeprune.workshop import Workshop, trial_key
+
+if TYPE_CHECKING:
+    from edgeprune.fitting import FitOptions
+
+# Pruned candidates made at most: one by scores takes seconds, one by least squares minutes.
+LIMIT_AMP, LIMIT_OBS = 10, 2
+
+Progress = Callable[[str, int, int], None]
+Measured = tuple[Candidate, Trial]
+
+
+def by_scores(proposal: Proposal, scores: Scores, settings: FitOptions) -> Proposal:
+    """AMP alone: uniform plans at a grid of ratios."""
+    plan_for = plans(
+        proposal.shape,
+        [h.numpy() for h in scores.heads],
+        [n.numpy() for n in scores.neurons],
+        method=scores.method,
+        model_hash=scores.model_hash,
+        text_hash=scores.text_hash,
+    )
+    proposal = propose(
+        proposal.model,
+        proposal.shape,
+        proposal.profile,
+        proposal.budget,
+        settings.targets,
+        plan_for,
+        ratios=settings.ratios,
+        limit=settings.limit or LIMIT_AMP,
+    )
+    if not proposal.to_measure:
+        raise proposal.nothing_fits()
+    return proposal
+
+
+Measure = Callable[..., list[Measured]]
+
+
+def by_damage(
+    proposal: Proposal,
+    source: Path,
+    model_hash: str,
+    calibration: TextSet,
+    settings: FitOptions,
+    measure: Measure,
+    progress: Progress | None,
+) -> tuple[Proposal, list[Measured]]:
+    """Every rounding of the dense model first; then the least damaged plans for those that do not fit.
+
+    What rounding costs is measured on the dense model, what narrowing costs is in the damage table, and their sum tells
+    which plans are worth making.
+    """
+    shape, profile, budget = proposal.shape, proposal.profile, proposal.budget
+    dense = dense_candidates(shape, settings.targets, profile, budget, model_hash)
+    proposal = replace(proposal, candidates=tuple(dense), to_measure=tuple(dense))
+    trials = measure(proposal, progress=progress)
+    if all(candidate.fits for candidate, _ in trials):
+        return proposal, trials
+    table = cached_damage(source, model_hash, calibration, progress=progress)
+    pruned = pruned_candidates(
+        table, shape, [c for c, _ in trials], profile, budget, uniform=settings.uniform
+    )
+    qualities = {str(c.target): t.quality.kl_nats.mean for c, t in trials if t.quality is not None}
+    best_dense = min((qualities[str(c.target)] for c, _ in trials if c.fits and str(c.target) in qualities), default=inf)
+    made = worth_making(pruned, qualities, settings.limit or LIMIT_OBS, best_dense=best_dense)
+    proposal = replace(proposal, candidates=(*dense, *pruned), to_measure=(*dense, *made))
+    if not made and best_dense == inf:
+        raise proposal.nothing_fits()
+    return proposal, trials + measure(replace(proposal, to_measure=tuple(made)), progress=progress)
+
+
+def recovered(
+    proposal: Proposal, candidate: Candidate, settings: FitOptions, measure: Measure, progress: Progress | None
+) -> tuple[Proposal, list[Measured]]:
+    """The candidate again, with recovery before it is exported."""
+    again = replace(candidate, recovery_s=settings.recovery_s)
+    proposal = replace(
+        proposal,
+        candidates=(*proposal.candidates, again),
+        to_measure=(*proposal.to_measure, again),
+    )
+    return proposal, measure(replace(proposal, to_measure=(again,)), progress=progress)
+
+
+def measure_all(
+    proposal: Proposal,
+    *,
+    workshop: Workshop,
+    log: Path,
+    model_hash: str,
+    settings: FitOptions,
+    started: float,
+    progress: Progress | None,
+) -> list[Measured]:
+    """Trials of the candidates to measure, each logged when it is finished; known ones are not repeated."""
+    known = read_trials(log) if settings.resume else {}
+    everywhere = cache_dir() / "trials.jsonl"  # of dense models: they serve every budget and device
+    shared = read_trials(everywhere)
+    measured: list[Measured] = []
+    for candidate in proposal.to_measure:
+        key = trial_key(candidate, model_hash, workshop)
+        trial = known.get(key) or (shared.get(key) if candidate.dense else None)
+        if trial is None:
+            late = settings.max_time_s is not None and time.monotonic() - started > settings.max_time_s
+            if late and any(t.quality is not None and c.fits for c, t in measured):
+                break
+            trial = workshop.measure(candidate, key, progress)
+            append_trial(log, trial)
+            if candidate.dense and trial.status == "ok":
+                append_trial(everywhere, trial)
+        if trial.speed:  # measured on the device itself: the prediction no longer decides
+            candidate = replace(candidate, reasons=judge_measured(trial, proposal.budget))
+        measured.append((candidate, trial))
+    return measured
+
+
+def judge_measured(trial: Trial, budget: Budget) -> tuple[str, ...]:
+    """Limits of the budget that a file broke when it was measured on the device."""
+    reasons = []
+    speed = trial.speed["tg128"]["median_ts"]
+    if budget.min_tokens_per_s is not None and speed < budget.min_tokens_per_s:
+        reasons.append(f"needs {budget.min_tokens_per_s:g} tokens/s, measured {speed:.1f}")
+    peaks = [test["peak_mib"] for test in trial.speed.values() if test["peak_mib"] is not None]
+    if budget.max_memory_mib is not None and peaks and max(peaks) > budget.max_memory_mib:
+        reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, measured {max(peaks):.0f}")
+    size = sum(file["bytes"] for file in trial.files.values()) / (1 << 20)
+    if budget.max_file_mib is not None and size > budget.max_file_mib:
+        reasons.append(f"file at most {budget.max_file_mib:.4g} MiB, measured {size:.1f}")
+    return tuple(reasons)
