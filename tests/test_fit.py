@@ -171,8 +171,8 @@ def test_bad_input_comes_before_the_work(wide: Path, tmp_path: Path) -> None:
         run(wide, tmp_path / "file", Budget(context=64))
     with pytest.raises(BadInput, match="context 4096 is more than the model's 512"):
         run(wide, tmp_path / "run", Budget(context=4096))
-    with pytest.raises(BadInput, match="did you mean 'Q4_0'"):
-        run(wide, tmp_path / "run", Budget(context=64), targets=["Q4_O"])
+    with pytest.raises(BadInput, match="did you mean 'Q8_0'"):
+        run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_O"])
     with pytest.raises(BadInput, match="did you mean 'rpi5'"):
         fit(wide, "rpi55", Budget(context=64))
 

@@ -20,7 +20,7 @@ from edgeprune.runtimes.pytorch import load_model
 from edgeprune.shape import LayerShape
 
 EXACT = torch.float32
-ORIGIN = Origin("test", 0.2, "model", "text")
+ORIGIN = Origin("test", 0.2, "hash", "text")
 
 
 def text(windows: int = 8, length: int = 48, seed: int = 1) -> torch.Tensor:
