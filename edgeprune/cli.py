@@ -91,7 +91,10 @@ def fit(
     max_candidates: Annotated[
         int | None,
         typer.Option(
-            "--max-candidates", min=1, help="Pruned candidates to make at most. Default: 2 (amp: 10).", show_default=False
+            "--max-candidates",
+            min=1,
+            help="Pruned candidates to make at most. Default: 2 (amp: 10).",
+            show_default=False,
         ),
     ] = None,
     max_time: Annotated[

@@ -41,7 +41,6 @@ class Origin:
     asked_ratio: float
     model_hash: str
     text_hash: str
-    text_hash: str
 
 
 def fast_dtype() -> torch.dtype:

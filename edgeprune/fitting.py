@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -23,9 +23,9 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import cache_dir, write_json
+from edgeprune.making import Maker
 from edgeprune.models import Model, checkpoint_folder, load, resolve
 from edgeprune.proposal import Proposal, estimated_seconds, propose
-from edgeprune.making import Maker
 from edgeprune.pruning import AMP, CALIBRATION_LENGTH, CALIBRATION_TEXTS, cached_scores
 from edgeprune.quality import differs
 from edgeprune.record import Trial, files_of, fit_record
@@ -211,11 +211,16 @@ def fit(
         settings.threads,
         bench=profile.at_hand,
         context=budget.context,
-        make=Maker(source, model_hash, calibration, settings.seed),
+        make=Maker(source, model_hash, calibration, settings.seed, _recovery_text(settings)),
         texts=calibration,
     )
     measure = partial(
-        measure_all, workshop=workshop, log=out / "trials.jsonl", model_hash=model_hash, settings=settings, started=started
+        measure_all,
+        workshop=workshop,
+        log=out / "trials.jsonl",
+        model_hash=model_hash,
+        settings=settings,
+        started=started,
     )
 
     # Candidates, each exported and measured in its runtime; then the choice.
@@ -291,6 +296,12 @@ def _calibration(model: Model, settings: FitOptions, progress: Progress | None) 
         seed=settings.seed,
         progress=None if progress is None else lambda d, t: progress("writing calibration text", d, t),
     )
+
+
+def _recovery_text(settings: FitOptions) -> tuple[str, ...] | None:
+    """What recovery trains on: all of the calibration file, if there is one; else the dense model writes."""
+    path = Path(settings.calibration).expanduser() if settings.calibration else None
+    return tuple(read_texts(path)) if path and path.exists() else None
 
 
 def _held_out(model: Model, settings: FitOptions, progress: Progress | None) -> tuple[str, str]:

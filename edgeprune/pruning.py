@@ -22,7 +22,7 @@ from edgeprune.files import cache_dir
 from edgeprune.importance import Scores, amp_scores, random_scores, reversed_scores
 from edgeprune.layerwise import Compensation, packed
 from edgeprune.models import Model, load
-from edgeprune.plan import SCOPES, PrunePlan, Scope, scopes_of, uniform_plan
+from edgeprune.plan import SCOPES, PrunePlan, Scope, uniform_plan
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import uniform_widths
 from edgeprune.shape import LayerShape, ModelShape
@@ -33,6 +33,7 @@ from edgeprune.surgery import prune_checkpoint
 CALIBRATION_TEXTS = 128
 CALIBRATION_LENGTH = 256
 WINDOW = 512  # tokens; the calibration texts are packed into such windows for compensation
+_LEAST_WINDOWS = 8
 JUDGED_WINDOWS = 2  # of them are kept from the second moments, to measure the damage table on
 COMPENSATION = Compensation()
 
@@ -64,31 +65,22 @@ def cached_scores(model: Model, texts: TextSet, *, progress: Progress | None = N
 
 
 def windows_of(texts: TextSet) -> torch.Tensor:
-    """Calibration text as windows, (windows, length); a text shorter than one window is one short window."""
-    return packed(texts.ids, min(WINDOW, texts.tokens))
+    """Calibration text as windows, (windows, length): of `WINDOW` tokens, shorter where the text is short."""
+    return packed(texts.ids, max(1, min(WINDOW, texts.tokens // _LEAST_WINDOWS)))
 
 
 def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Progress | None = None) -> DamageTable:
-    """The damage table of the model in `source`, measured once for each pair of model and text.
-
-    Raises:
-        BadInput: too little text to keep some from the second moments.
-    """
+    """The damage table of the model in `source`, measured once for each pair of model and text."""
     dtype = fast_dtype()
     depends = [DAMAGE_SCHEMA, model_hash, texts.hash, asdict(COMPENSATION), str(dtype), WINDOW, JUDGED_WINDOWS]
     path = cache_dir() / "damage" / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]}.json"
     if path.exists():
         return DamageTable.load(path)
     ids = windows_of(texts)
-    judged = min(JUDGED_WINDOWS, len(ids) // 2)
-    if not judged:
-        raise BadInput(
-            f"{texts.tokens} tokens are too few to measure on", where=texts.source, remedy=f"give {2 * WINDOW} or more"
-        )
     table = measure_damage(
         LayeredModel(Checkpoint(source), dtype=dtype),
-        ids[judged:],
-        ids[:judged],
+        ids[JUDGED_WINDOWS:],
+        ids[:JUDGED_WINDOWS],
         COMPENSATION,
         model_hash=model_hash,
         text_hash=texts.hash,

@@ -79,11 +79,11 @@ def by_damage(
     if all(candidate.fits for candidate, _ in trials):
         return proposal, trials
     table = cached_damage(source, model_hash, calibration, progress=progress)
-    pruned = pruned_candidates(
-        table, shape, [c for c, _ in trials], profile, budget, uniform=settings.uniform
-    )
+    pruned = pruned_candidates(table, shape, [c for c, _ in trials], profile, budget, uniform=settings.uniform)
     qualities = {str(c.target): t.quality.kl_nats.mean for c, t in trials if t.quality is not None}
-    best_dense = min((qualities[str(c.target)] for c, _ in trials if c.fits and str(c.target) in qualities), default=inf)
+    best_dense = min(
+        (qualities[str(c.target)] for c, _ in trials if c.fits and str(c.target) in qualities), default=inf
+    )
     made = worth_making(pruned, qualities, settings.limit or LIMIT_OBS, best_dense=best_dense)
     proposal = replace(proposal, candidates=(*dense, *pruned), to_measure=(*dense, *made))
     if not made and best_dense == inf:
@@ -104,6 +104,11 @@ def recovered(
     return proposal, measure(replace(proposal, to_measure=(again,)), progress=progress)
 
 
+def dense_trials() -> Path:
+    """Where trials of dense models are kept: they serve every budget and, but for speed, every device."""
+    return cache_dir() / "trials.jsonl"
+
+
 def measure_all(
     proposal: Proposal,
     *,
@@ -115,13 +120,14 @@ def measure_all(
     progress: Progress | None,
 ) -> list[Measured]:
     """Trials of the candidates to measure, each logged when it is finished; known ones are not repeated."""
-    known = read_trials(log) if settings.resume else {}
-    everywhere = cache_dir() / "trials.jsonl"  # of dense models: they serve every budget and device
-    shared = read_trials(everywhere)
+    known, shared = ({}, {}) if not settings.resume else (read_trials(log), read_trials(dense_trials()))
     measured: list[Measured] = []
     for candidate in proposal.to_measure:
         key = trial_key(candidate, model_hash, workshop)
-        trial = known.get(key) or (shared.get(key) if candidate.dense else None)
+        trial = known.get(key)
+        if trial is None and candidate.dense and key in shared:
+            trial = shared[key]
+            append_trial(log, trial)
         if trial is None:
             late = settings.max_time_s is not None and time.monotonic() - started > settings.max_time_s
             if late and any(t.quality is not None and c.fits for c, t in measured):
@@ -129,7 +135,7 @@ def measure_all(
             trial = workshop.measure(candidate, key, progress)
             append_trial(log, trial)
             if candidate.dense and trial.status == "ok":
-                append_trial(everywhere, trial)
+                append_trial(dense_trials(), trial)
         if trial.speed:  # measured on the device itself: the prediction no longer decides
             candidate = replace(candidate, reasons=judge_measured(trial, proposal.budget))
         measured.append((candidate, trial))

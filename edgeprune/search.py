@@ -33,8 +33,8 @@ def sizes(shape: ModelShape, target: Target, budget: Budget) -> Array:
     parts = target.format.parts(shape, target.quantisation)
     weights = sum(parts.values())
     cache = kv_bytes(shape, target, budget.context)
-    read = bytes_read_per_token(parts, tied=shape.tied, vocab=shape.vocab)
-    read += cache * min(DEFAULT_DEPTH, budget.context) / budget.context
+    cached = cache * min(DEFAULT_DEPTH, budget.context) / budget.context
+    read = bytes_read_per_token(parts, tied=shape.tied, vocab=shape.vocab) + cached
     return np.array([read, weights + cache + target.format.repacked(shape, target.quantisation), weights], np.float64)
 
 
@@ -121,7 +121,7 @@ def per_layer_widths(
     fixed = whole - len(shape.layers) * (whole - without)
     room = (most - fixed)[limited]
     for _ in range(_ROUNDS):
-        layers = allocate(table, shape, cost, room, Options(align=align, heads=not shape.fixed_heads))
+        layers = allocate(table, shape, cost, room.tolist(), Options(align=align, heads=not shape.fixed_heads))
         if fits(layers):
             return layers
         over = sizes_of(shape.with_layers(layers))[limited] - most[limited]
@@ -137,8 +137,11 @@ def uniform_widths(table: DamageTable, shape: ModelShape, align: int, fits: Fits
     for option in table.attention[0]:
         if not option.heads or (shape.fixed_heads and option.heads != dense.heads):
             continue
+        # Narrower ones fit too, and lose more.
         layers = (LayerShape(option.heads, option.kv_heads, neurons) for neurons in widths)
-        widest = next((layer for layer in layers if fits((layer,) * count)), None)  # narrower ones fit too, and lose more
+        widest = next(
+            (layer for layer in layers if fits((layer,) * count)), None
+        )
         if widest is not None:
             damage = sum(
                 table.head_damage(i, widest.heads, widest.kv_heads) + table.mlp_damage(i, widest.neurons)

@@ -12,13 +12,15 @@ import llama_cpp
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import SENTENCES
 
 import edgeprune
 from edgeprune.candidates import candidates_for, nearest_miss, worth_measuring
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.cost import judge
 from edgeprune.devices import Budget, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
-from edgeprune.fitting import FitResult, choose, fit, judge_measured
+from edgeprune.fitting import FitResult, choose, fit
 from edgeprune.metrics import mean_interval
 from edgeprune.plan import PrunePlan, Scope
 from edgeprune.proposal import propose
@@ -26,14 +28,16 @@ from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
 from edgeprune.reference import MeasuredOn
 from edgeprune.report import pareto_front
+from edgeprune.rounds import judge_measured
 from edgeprune.targets import default_targets, target_for
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
 
 
 @pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few and short texts: what is tested is the way through, not the figures."""
+def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Few and short texts: what is tested is the way through, not the figures. No test sees another's trials."""
+    monkeypatch.setattr("edgeprune.rounds.dense_trials", lambda: tmp_path / "dense-trials.jsonl")
     for module in ("edgeprune.fitting", "edgeprune.pruning"):
         monkeypatch.setattr(f"{module}.CALIBRATION_TEXTS", 4)
         monkeypatch.setattr(f"{module}.CALIBRATION_LENGTH", 32)
@@ -51,8 +55,9 @@ def speed_between(folder: Path, ratio_fast: float, quantisation: str, context: i
 
 
 def run(folder: Path, out: Path, budget: Budget, **options: Any) -> FitResult:
-    options.setdefault("targets", ["Q8_0", "int8"])
-    return fit(folder, "rpi5", budget, out=out, ratios=RATIOS, threads=2, **options)
+    """By the paper's method, whose pruned candidates are quick to make."""
+    options = {"targets": ["Q8_0", "int8"], "method": "amp", "ratios": RATIOS, **options}
+    return fit(folder, "rpi5", budget, out=out, threads=2, **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,60 @@ def test_fit_prunes_to_a_budget_and_proves_it(wide: Path, tmp_path: Path) -> Non
     widths = result.chosen.shape.layers[0]
     assert llama.metadata["llama.feed_forward_length"] == str(widths.neurons)
     assert llama.metadata["llama.attention.head_count"] == str(widths.heads)
+
+
+def test_fit_by_measured_damage_gives_each_layer_its_own_widths(wide: Path, tmp_path: Path) -> None:
+    budget = speed_between(wide, 0.3, "Q8_0", 64)
+    result = run(wide, tmp_path / "run", budget, method="obs")
+    assert not result.chosen.dense and not judge(result.chosen.cost, budget, load_profile("rpi5"))
+    assert {c.target.runtime for c, _ in result.trials if not c.dense} == {"llamacpp", "onnxruntime"}
+    pruned = [c for c, _ in result.trials if not c.dense]
+    assert any(not c.shape.uniform for c in pruned)
+    for candidate, trial in result.trials:
+        assert trial.status == "ok" and trial.quality is not None
+        assert (candidate.plan.reached_ratio > 0) == candidate.fits
+    record = json.loads((tmp_path / "run" / "fit.json").read_text())
+    chosen = next(c for c in record["candidates"] if c["name"] == record["chosen"])
+    assert chosen["plan"]["predicted_damage_nats"] > 0
+    plan = PrunePlan.load(result.best / "prune_plan.json", Checkpoint(wide).shape)
+    assert tuple(layer.widths for layer in plan.layers) == result.chosen.shape.layers
+    assert "--method obs" in record["commands"]["again"]
+
+
+def test_another_budget_runs_nothing_of_the_dense_model_again(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(wide, tmp_path / "one", speed_between(wide, 0.3, "Q8_0", 64), method="obs", targets=["Q8_0"])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("edgeprune.pruning.measure_damage", refuse)
+    second = run(wide, tmp_path / "two", speed_between(wide, 0.2, "Q8_0", 64), method="obs", targets=["Q8_0"])
+    assert not second.chosen.dense
+    dense = next(t for c, t in second.trials if c.dense)
+    first = read_trials(tmp_path / "one" / "trials.jsonl")
+    assert first[dense.key].quality == dense.quality
+
+
+def test_uniform_plans_load_everywhere(wide: Path, tmp_path: Path) -> None:
+    budget = speed_between(wide, 0.3, "Q8_0", 64)
+    result = run(wide, tmp_path / "run", budget, method="obs", uniform=True, targets=["Q8_0"])
+    assert not result.chosen.dense and result.chosen.shape.uniform
+    llama = llama_cpp.Llama(str(result.best / "model.gguf"), n_ctx=32, verbose=False)
+    assert llama.metadata["general.architecture"] == "llama"
+
+
+def test_recovery_trains_the_best_and_measures_it_too(wide: Path, tmp_path: Path) -> None:
+    budget = speed_between(wide, 0.3, "Q8_0", 64)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(SENTENCES) * 40)
+    result = run(
+        wide, tmp_path / "run", budget, method="obs", targets=["Q8_0"], recovery_s=12.0, calibration=str(text)
+    )
+    names = {c.name for c, t in result.trials if t.status == "ok"}
+    assert any("-recovered-" in name for name in names)
+    assert result.chosen.name in names
 
 
 def test_the_other_runtime_gets_its_best_too(wide: Path, tmp_path: Path) -> None:
