@@ -74,9 +74,12 @@ def missing_extra(package: str, extra: str) -> BadInput:
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
     """The error for a name that is not in a table, with the nearest match and all that is known."""
     names = sorted(known)
-    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
+    # A letter O is near a zero for the eye, not for the matcher.
+    close = difflib.get_close_matches(
+        name.lower().replace("o", "0"), [n.lower().replace("o", "0") for n in names], n=1, cutoff=0.5
+    )
     hint = ""
     if close:
-        nearest = next(n for n in names if n.lower() == close[0])
+        nearest = next(n for n in names if n.lower().replace("o", "0") == close[0])
         hint = f"did you mean {nearest!r}? "
     return BadInput(f"unknown {kind} {name!r}", remedy=f"{hint}known: {', '.join(names)}")

@@ -40,13 +40,13 @@ COMPENSATION = Compensation()
 Progress = Callable[[str, int, int], None]
 
 # Scores of AMP and its controls, which need no compensation.
-SCORES: dict[str, Callable[[Scores, int], Scores]] = {
+METHODS: dict[str, Callable[[Scores, int], Scores]] = {
     "amp": lambda scores, _seed: scores,
     "random": random_scores,
     "reversed": lambda scores, _seed: reversed_scores(scores),
 }
 AMP = "amp"
-METHODS = (OBS, *SCORES)
+PRUNERS = (OBS, *METHODS)
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
@@ -164,8 +164,8 @@ def prune(
         BadInput: anything wrong with the arguments or the model, or a full disk.
         StageFailed: calibration text that does not determine the weights.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
+    if method not in PRUNERS:
+        raise unknown("method", method, PRUNERS)
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     out = Path(out)
@@ -173,6 +173,11 @@ def prune(
         raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
     if not isinstance(model, Model):
         model = load(model, say=None if progress is None else lambda text: progress(text, 0, 0))
+    family = model.shape.family
+    if scope not in scopes_of(model.shape) and progress:
+        progress(
+            f"family {family.name} keeps its heads (GGUF {family.gguf_arch} needs them all): neurons go alone", 0, 0
+        )
     texts = text_set(
         model,
         calibration,
@@ -193,7 +198,7 @@ def prune(
             origin=Origin(OBS, ratio, model.hash, texts.hash),
             progress=_stage(progress, "pruning and compensating layers"),
         )
-    scores = SCORES[method](cached_scores(model, texts, progress=progress), seed)
+    scores = METHODS[method](cached_scores(model, texts, progress=progress), seed)
     plan = plan_for(model.shape, scores, ratio, align=align, scope=scope)
     prune_checkpoint(model.folder, plan, out, progress=_stage(progress, "writing the checkpoint"))
     return plan

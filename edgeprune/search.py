@@ -8,6 +8,7 @@ model, which is measured. The choice among those made is by measured quality.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,7 +188,11 @@ def pruned_candidates(
             plan = best_plan(table, shape, candidate.target, profile, budget, uniform=alike)
         except NothingFits:
             continue
-        found.append(candidate_of(plan, shape, candidate.target, profile, budget))
+        made = candidate_of(plan, shape, candidate.target, profile, budget)
+        if alike and not uniform:
+            note = f"all layers alike: {candidate.target.format.name} holds no others of family {shape.family.name}"
+            made = replace(made, notes=(note, *made.notes))
+        found.append(made)
     return found
 
 

@@ -125,13 +125,13 @@ def test_prune_export_inspect_eval_and_bench_stand_alone(
     done = edgeprune("prune", source, "--ratio", "0.2", "--out", pruned, "--calibration", text, "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert summary["asked_ratio"] == 0.2 and abs(summary["reached_ratio"] - 0.2) < 0.11 and summary["align"] == 32
+    assert summary["asked_ratio"] == 0.2 and 0.2 <= summary["reached_ratio"] < 0.3 and summary["align"] == 32
 
     for quant, out in (("Q8_0", "model.gguf"), ("int8", "onnx")):
         done = edgeprune("export", pruned, "--quant", quant, "--out", tmp_path / out)
         assert done.returncode == 0, done.stderr
         found = edgeprune("inspect", tmp_path / out, "--json")
-        assert json.loads(found.stdout)["layers"][0]["neurons"] == summary["neurons"], found.stderr
+        assert [layer["neurons"] for layer in json.loads(found.stdout)["layers"]] == summary["neurons"], found.stderr
 
     judged = edgeprune(
         "eval", tmp_path / "model.gguf", "--reference", source, "--text", text, "--windows", 4, "--length", 64, "--json"
