@@ -48,6 +48,7 @@ _OOM_PHRASES = (
     "unable to allocate",
     "out of memory",
     "memoryerror",
+    "failed to map segment",  # of the dynamic loader, when an import meets the limit
 )
 
 
