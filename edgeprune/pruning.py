@@ -22,7 +22,7 @@ from edgeprune.files import cache_dir
 from edgeprune.importance import Scores, amp_scores, random_scores, reversed_scores
 from edgeprune.layerwise import Compensation, packed
 from edgeprune.models import Model, load
-from edgeprune.plan import SCOPES, PrunePlan, Scope, uniform_plan
+from edgeprune.plan import SCOPES, PrunePlan, Scope, scopes_of, uniform_plan
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import uniform_widths
 from edgeprune.shape import LayerShape, ModelShape

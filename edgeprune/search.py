@@ -140,9 +140,7 @@ def uniform_widths(table: DamageTable, shape: ModelShape, align: int, fits: Fits
             continue
         # Narrower ones fit too, and lose more.
         layers = (LayerShape(option.heads, option.kv_heads, neurons) for neurons in widths)
-        widest = next(
-            (layer for layer in layers if fits((layer,) * count)), None
-        )
+        widest = next((layer for layer in layers if fits((layer,) * count)), None)
         if widest is not None:
             damage = sum(
                 table.head_damage(i, widest.heads, widest.kv_heads) + table.mlp_damage(i, widest.neurons)

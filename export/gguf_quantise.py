@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +112,30 @@ def quantise(
         params.tt_overrides = _types_argument(told)
     with atomic_file(out) as temporary:
         llamacpp.forget_complaints()
-        if llama_cpp.llama_model_quantize(str(gguf).encode(), str(temporary).encode(), ctypes.byref(params)):
+        with _interrupt_afterwards():
+            failed = llama_cpp.llama_model_quantize(str(gguf).encode(), str(temporary).encode(), ctypes.byref(params))
+        if failed:
             raise llamacpp.failure(f"llama.cpp cannot quantise to {wish.kind}", gguf)
     return out
+
+
+@contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Hold an interrupt back until the block is done.
+
+    llama.cpp logs through a Python function; an interrupt that is raised in there is printed and lost.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no interrupt is raised anyway
+        yield
+        return
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _told(source: GgufFile, wish: Recipe, imatrix: ImportanceMatrix | None) -> dict[str, str]:

@@ -23,7 +23,6 @@ try:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 except ImportError as error:
     raise missing_extra("transformers", "prune") from error
-from edgeprune.heterogeneous import model_class
 
 
 def build_info() -> dict[str, str]:
@@ -202,8 +201,11 @@ def load_model(path: Path) -> Any:
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, below
     try:
-        per_layer = checkpoint.config.get(KEY)
-        kind = model_class(AutoConfig.from_pretrained(path, **local)) if per_layer else AutoModelForCausalLM
+        kind = AutoModelForCausalLM
+        if checkpoint.config.get(KEY):
+            from edgeprune.heterogeneous import model_class
+
+            kind = model_class(AutoConfig.from_pretrained(path, **local))
         model, info = kind.from_pretrained(
             path,
             dtype=torch.float32,

@@ -52,7 +52,7 @@ def test_every_command_has_help() -> None:
     [
         (["fit", "--device", "rpi55", "--dry-run"], "unknown device 'rpi55'; did you mean 'rpi5'?"),
         (["fit", "--model", "dmeo", "--device", "rpi5"], "unknown model 'dmeo'; did you mean 'demo'?"),
-        (["fit", "--device", "rpi5", "--quant", "Q8_O"], "unknown quantisation 'Q8_O'; did you mean 'Q8_0'?"),
+        (["fit", "--device", "rpi5", "--quant", "Q4_O"], "unknown quantisation 'Q4_O'; did you mean 'Q4_0'?"),
         (["fit", "--device", "rpi5", "--runtime", "lamacpp"], "did you mean 'llamacpp'?"),
         (["fit", "--device", "rpi5", "--runtime", "onnxruntime", "--quant", "Q4_0"], "no quantisation of --quant"),
         (["fit", "--device", "rpi5", "--min-tps", "-3"], "min_tokens_per_s"),

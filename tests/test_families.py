@@ -241,9 +241,7 @@ def test_prune_says_that_heads_stay(tiny: Tiny, tmp_path: Path) -> None:
 
     for name, told in (("phi", True), ("phi3", False)):
         said.clear()
-        prune(
-            tiny(name), 0.1, tmp_path / name, uniform=True, align=8, calibration=str(text), progress=progress
-        )
+        prune(tiny(name), 0.1, tmp_path / name, uniform=True, align=8, calibration=str(text), progress=progress)
         assert any("keeps its heads" in each for each in said) is told
         assert stock_logits(tmp_path / name).isfinite().all()
 

@@ -157,9 +157,7 @@ def test_recovery_trains_the_best_and_measures_it_too(wide: Path, tmp_path: Path
     budget = speed_between(wide, 0.3, "Q8_0", 64)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES) * 40)
-    result = run(
-        wide, tmp_path / "run", budget, method="obs", targets=["Q8_0"], recovery_s=12.0, calibration=str(text)
-    )
+    result = run(wide, tmp_path / "run", budget, method="obs", targets=["Q8_0"], recovery_s=12.0, calibration=str(text))
     names = {c.name for c, t in result.trials if t.status == "ok"}
     assert any("-recovered-" in name for name in names)
     assert result.chosen.name in names

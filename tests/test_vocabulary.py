@@ -16,7 +16,7 @@ from conftest import SENTENCES, MakeLlama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_tokenizer import ANY_TEXT, KINDS
+from test_tokenizer import ANY_TEXT, KINDS, SENTENCEPIECE
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer import Typer
@@ -410,8 +410,10 @@ def kind_folder(kind: str, make_llama: MakeLlama) -> Path:
     """A tiny LLaMA with a tokenizer of this kind, and a GGUF vocabulary beside it for the first."""
     tokenizer = KINDS[kind]()
     folder = make_llama(vocab_size=tokenizer.get_vocab_size() + 3)
-    special = ["<s>", "</s>"] if kind == "llama" else ["<|im_start|>", "<|im_end|>"]
-    names = {"bos_token": special[0], "eos_token": special[1]} | ({"unk_token": "<unk>"} if kind == "llama" else {})
+    special = ["<s>", "</s>"] if kind in SENTENCEPIECE else ["<|im_start|>", "<|im_end|>"]
+    names = {"bos_token": special[0], "eos_token": special[1]} | (
+        {"unk_token": "<unk>"} if kind in SENTENCEPIECE else {}
+    )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     ids = {
