@@ -8,7 +8,8 @@ plans are measured afterwards. Sources of the idea: ZipLM (arXiv 2302.04089), NV
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from scipy import optimize, sparse
 from edgeprune.damage import DamageTable
 from edgeprune.errors import NothingFits, StageFailed
 from edgeprune.shape import LayerShape, ModelShape
+
+if TYPE_CHECKING:
+    from edgeprune.vocabulary_damage import VocabularyOption
 
 Array = NDArray[np.float64]
 
@@ -112,15 +116,25 @@ CostOf = Callable[[int, LayerShape], Sequence[float]]
 
 
 def allocate(
-    table: DamageTable, shape: ModelShape, cost_of: CostOf, limits: Sequence[float], options: Options | None = None
-) -> tuple[LayerShape, ...]:
+    table: DamageTable,
+    shape: ModelShape,
+    cost_of: CostOf,
+    limits: Sequence[float],
+    options: Options | None = None,
+    extra: Group | None = None,
+) -> tuple[tuple[LayerShape, ...], int]:
     """The widths of every layer that do the least damage with costs within `limits`.
 
     Args:
         shape: the dense model.
         cost_of: (layer index, widths) -> costs of that layer, (costs,): the sum of a part for the heads
             and a part for the MLP, as the costs of a half are taken with the other half absent.
-        limits: the most that the layers' costs may add up to, (costs,).
+        limits: the most that all costs may add up to, (costs,).
+        options: what the widths may be.
+        extra: something else to choose along, such as the size of the vocabulary.
+
+    Returns:
+        The widths, and the option taken of `extra` (0 without).
 
     Raises:
         NothingFits: no widths meet the limits.
@@ -136,24 +150,39 @@ def allocate(
             Group(width_damage, np.array([cost_of(index, LayerShape(0, 0, n)) for n in widths], dtype=np.float64))
         )
         meaning.append((heads, widths))
+    if extra is not None:
+        groups.append(extra)
     chosen = choose_options(groups, np.asarray(limits, dtype=np.float64))
-    return tuple(
+    layers = tuple(
         LayerShape(*heads[chosen[2 * i]], widths[chosen[2 * i + 1]]) for i, (heads, widths) in enumerate(meaning)
     )
+    return layers, chosen[-1] if extra is not None else 0
 
 
 def allocate_parameters(
-    table: DamageTable, shape: ModelShape, ratio: float, options: Options | None = None
-) -> tuple[LayerShape, ...]:
-    """The widths that do the least damage with `ratio` of all parameters of the model gone.
+    table: DamageTable,
+    shape: ModelShape,
+    ratio: float,
+    options: Options | None = None,
+    vocabulary: Sequence[VocabularyOption] = (),
+) -> tuple[tuple[LayerShape, ...], int]:
+    """The widths, and the size of the vocabulary, that do the least damage with `ratio` of all parameters gone.
+
+    Args:
+        vocabulary: sizes to choose among; none: it stays as it is.
 
     Raises:
-        NothingFits: heads and neurons together are fewer than that.
+        NothingFits: heads, neurons and tokens together are fewer than that.
     """
 
     def cost_of(_: int, layer: LayerShape) -> tuple[float]:
-        norms = shape.with_layers((layer,)).norm_parameters - shape.hidden
+        norms = shape.with_layers((layer,)).norm_parameters - shape.with_layers(()).norm_parameters
         return (shape.attention_parameters(layer) + shape.mlp_parameters(layer) + norms,)
 
-    blocks = sum(cost_of(0, layer)[0] for layer in shape.layers)
-    return allocate(table, shape, cost_of, (blocks - ratio * shape.parameters,), options)
+    sizes = [option.size for option in vocabulary] or [shape.vocab]
+    damages = [option.damage for option in vocabulary] or [0.0]
+    tables = [float(replace(shape, vocab=size).embedding_parameters) for size in sizes]
+    room = sum(cost_of(0, layer)[0] for layer in shape.layers) + shape.embedding_parameters - ratio * shape.parameters
+    extra = Group(np.array(damages), np.array(tables)[:, None])
+    layers, index = allocate(table, shape, cost_of, (room,), options, extra)
+    return layers, sizes[index]

@@ -42,6 +42,10 @@ def prune(
     scope: Annotated[
         str, typer.Option("--scope", help="With amp: both (heads and neurons in equal shares) or mlp (neurons alone).")
     ] = "both",
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option("--corpus", help="Text the model will be used for: lets obs drop tokens that it hardly uses."),
+    ] = None,
     calibration: Calibration = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -64,6 +68,7 @@ def prune(
             uniform=uniform,
             align=step,
             scope=cast("Scope", scope),
+            corpus=corpus or (),
             calibration=calibration,
             seed=seed,
             progress=stages,

@@ -41,6 +41,7 @@ class Origin:
     asked_ratio: float
     model_hash: str
     text_hash: str
+    parameters: int | None = None  # of the dense model, where `source` is already smaller by its vocabulary
 
 
 def fast_dtype() -> torch.dtype:
@@ -101,7 +102,8 @@ def prune_compensated(
                 progress(index + 1, len(choices))
     layers = tuple(done)
     shape = model.shape
-    reached = 1 - shape.with_layers(tuple(layer.widths for layer in layers)).parameters / shape.parameters
+    after = shape.with_layers(tuple(layer.widths for layer in layers)).parameters
+    reached = 1 - after / (origin.parameters or shape.parameters)
     plan = PrunePlan(layers, origin.method, origin.asked_ratio, reached, origin.model_hash, origin.text_hash)
     prune_checkpoint(source, plan, out, replaced=work.replaced(model))
     shutil.rmtree(work.folder)

@@ -36,6 +36,7 @@ COMPANIONS = (
     "generation_config.json",
     "LICENSE",
     GGUF_TOKENIZER,
+    "vocabulary_plan.json",
 )
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,10 +27,12 @@ from edgeprune.importance import Scores, amp_scores, random_scores, reversed_sco
 from edgeprune.layerwise import Compensation, packed
 from edgeprune.models import Model, load
 from edgeprune.plan import SCOPES, PrunePlan, Scope, scopes_of, uniform_plan
+from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.search import METHOD as OBS
-from edgeprune.search import uniform_widths
+from edgeprune.search import uniform_widths, width_plan
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.surgery import prune_checkpoint
+from edgeprune.vocabulary_damage import VocabularyOption, measure_vocabulary, with_vocabulary
 
 # AMP calibrates on 50 instruction prompts. Least squares wants more: twice the text took the KL of 10 % pruned neurons
 # from 0.248 to 0.217 (32k to 65k tokens, SmolLM2-135M).
@@ -34,6 +40,7 @@ CALIBRATION_TEXTS = 128
 CALIBRATION_LENGTH = 256
 WINDOW = 512  # tokens; the calibration texts are packed into such windows for compensation
 _LEAST_WINDOWS = 8
+JUDGED_TEXTS = 16  # windows of calibration text that vocabularies are judged on; they solve for nothing there
 JUDGED_WINDOWS = 2  # of them are kept from the second moments, to measure the damage table on
 COMPENSATION = Compensation()
 
@@ -106,9 +113,18 @@ def plan_for(shape: ModelShape, scores: Scores, ratio: float, *, align: int = 1,
 
 
 def widths_for(
-    table: DamageTable, shape: ModelShape, ratio: float, *, align: int, uniform: bool
-) -> tuple[LayerShape, ...]:
-    """The widths of least predicted damage with `ratio` of all parameters gone.
+    table: DamageTable,
+    shape: ModelShape,
+    ratio: float,
+    *,
+    align: int,
+    uniform: bool,
+    vocabulary: Sequence[VocabularyOption] = (),
+) -> tuple[tuple[LayerShape, ...], int]:
+    """The widths, and the size of the vocabulary, of least predicted damage with `ratio` of all parameters gone.
+
+    Args:
+        vocabulary: sizes to choose among; none: it stays as it is.
 
     Raises:
         BadInput: a ratio out of range or reach.
@@ -116,16 +132,23 @@ def widths_for(
     if not 0.0 <= ratio < 1.0:
         raise BadInput(f"ratio {ratio} is not in [0, 1)")
     if ratio == 0.0:
-        return shape.layers
-    limit = (1 - ratio) * shape.parameters
-
-    def parameters(layers: tuple[LayerShape, ...]) -> int:
-        return shape.with_layers(layers).parameters
-
+        return shape.layers, shape.vocab
     try:
-        if uniform:
-            return uniform_widths(table, shape, align, lambda layers: parameters(layers) <= limit)
-        return allocate_parameters(table, shape, ratio, Options(align=align, heads=not shape.fixed_heads))
+        if not uniform:
+            return allocate_parameters(table, shape, ratio, Options(align, heads=not shape.fixed_heads), vocabulary)
+        limit, best = (1 - ratio) * shape.parameters, (inf, shape.layers, shape.vocab)
+        for size, damage in [(o.size, o.damage) for o in vocabulary] or [(shape.vocab, 0.0)]:
+            left = replace(shape, vocab=size)
+
+            def fits(layers: tuple[LayerShape, ...], left: ModelShape = left) -> bool:
+                return left.with_layers(layers).parameters <= limit
+
+            with suppress(NothingFits):
+                layers = uniform_widths(table, left, align, fits)
+                best = min(best, (damage + width_plan(table, left, layers).damage, layers, size), key=lambda b: b[0])
+        if best[0] == inf:
+            raise NothingFits("no width for all layers leaves so little")
+        return best[1], best[2]
     except NothingFits as error:
         raise BadInput(f"ratio {ratio:.3f} is out of reach: {error.what}", remedy="ask for less") from error
 
@@ -139,6 +162,7 @@ def prune(
     uniform: bool = False,
     align: int = 32,
     scope: Scope = "both",
+    corpus: Sequence[str | Path] = (),
     calibration: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -156,6 +180,8 @@ def prune(
         align: neurons kept in a layer are a multiple of this (32 suits Q4_0 and Q8_0, 256 the K types).
         scope: of the methods by scores: "both" removes heads and neurons in equal shares, as published; "mlp" neurons
             alone.
+        corpus: text of what the model will be used for. With it "obs" may drop tokens of the vocabulary too, where that
+            costs less than narrowing layers; the tokens to keep are counted on it.
         calibration: a text file or hub dataset; None lets the model write its own.
         seed: seed of self-generated text and of the random control.
         progress: called with (stage, done, total).
@@ -187,18 +213,47 @@ def prune(
         progress=_stage(progress, "writing calibration text"),
     )
     if method == OBS:
-        table = cached_damage(model.folder, model.hash, texts, progress=progress)
-        widths = widths_for(table, model.shape, ratio, align=align, uniform=uniform)
-        return prune_compensated(
-            model.folder,
-            windows_of(texts),
-            widths,
-            COMPENSATION,
-            out,
-            origin=Origin(OBS, ratio, model.hash, texts.hash),
-            progress=_stage(progress, "pruning and compensating layers"),
-        )
+        paths = [Path(path).expanduser() for path in corpus]
+        return _prune_by_damage(model, texts, ratio, out, paths, align=align, uniform=uniform, progress=progress)
     scores = METHODS[method](cached_scores(model, texts, progress=progress), seed)
     plan = plan_for(model.shape, scores, ratio, align=align, scope=scope)
     prune_checkpoint(model.folder, plan, out, progress=_stage(progress, "writing the checkpoint"))
     return plan
+
+
+def _prune_by_damage(
+    model: Model,
+    texts: TextSet,
+    ratio: float,
+    out: Path,
+    corpus: Sequence[Path],
+    *,
+    align: int,
+    uniform: bool,
+    progress: Progress | None,
+) -> PrunePlan:
+    """Widths, and with a corpus the vocabulary, by measured damage; compensated on text as the new tokens have it."""
+    table = cached_damage(model.folder, model.hash, texts, progress=progress)
+    vocabulary: tuple[VocabularyOption, ...] = ()
+    if corpus:
+        judged = [model.tokenizer.decode(window) for window in windows_of(texts)[:JUDGED_TEXTS]]
+        vocabulary = measure_vocabulary(model.folder, model.hash, corpus, judged, progress=progress)
+    widths, size = widths_for(table, model.shape, ratio, align=align, uniform=uniform, vocabulary=vocabulary)
+    origin = Origin(OBS, ratio, model.hash, texts.hash, model.shape.parameters)
+    compensating = _stage(progress, "pruning and compensating layers")
+    if size == model.shape.vocab:
+        return prune_compensated(
+            model.folder, windows_of(texts), widths, COMPENSATION, out, origin=origin, progress=compensating
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.vocabulary.", dir=out.parent) as scratch:
+        small = Path(scratch) / "small"
+        with_vocabulary(model.folder, corpus, size, small, progress=progress)
+        ids = windows_of(retokenized(texts, load_tokenizer(small)))
+        return prune_compensated(small, ids, widths, COMPENSATION, out, origin=origin, progress=compensating)
+
+
+def retokenized(texts: TextSet, tokenizer: Any) -> TextSet:
+    """The same texts in another tokenizer's tokens."""
+    ids = tuple(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts.texts)
+    return TextSet(texts.texts, ids, texts.source)

@@ -122,7 +122,7 @@ def per_layer_widths(
     fixed = whole - len(shape.layers) * (whole - without)
     room = (most - fixed)[limited]
     for _ in range(_ROUNDS):
-        layers = allocate(table, shape, cost, room.tolist(), Options(align=align, heads=not shape.fixed_heads))
+        layers, _ = allocate(table, shape, cost, room.tolist(), Options(align=align, heads=not shape.fixed_heads))
         if fits(layers):
             return layers
         over = sizes_of(shape.with_layers(layers))[limited] - most[limited]

@@ -31,6 +31,8 @@ from typing import Any, Literal, NoReturn
 
 from edgeprune.errors import BadInput, EdgepruneError, NothingFits, StageFailed
 
+_FIELDS = ("VmHWM:", "VmRSS:", "VmSwap:", "VmData:")
+_NEARLY = 0.7  # of the limit; what could not be had is not among what is held
 Status = Literal["ok", "failed", "oom", "crash", "timeout"]
 
 NAMESPACE = "edgeprune."  # targets are ours: a name that came with a file must not choose what runs
@@ -234,12 +236,12 @@ class _Child:
 
 
 def memory_mib(pid: int | None = None) -> dict[str, float]:
-    """VmHWM, VmRSS and VmSwap of a process in MiB, from /proc; empty where there is no /proc or no such process."""
+    """VmHWM, VmRSS, VmSwap and VmData of a process in MiB, from /proc; empty where there is none or no such process."""
     try:
         text = Path(f"/proc/{'self' if pid is None else pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return {}
-    fields = (line.split() for line in text.splitlines() if line.startswith(("VmHWM:", "VmRSS:", "VmSwap:")))
+    fields = (line.split() for line in text.splitlines() if line.startswith(_FIELDS))
     return {name[:-1]: int(kib) / 1024 for name, kib, *_ in fields}
 
 
@@ -347,14 +349,23 @@ def _call(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> di
         message = {"value": function(**arguments)}
         json.dumps(message)
         return message
-    except EdgepruneError as error:
-        return {
-            "error": {"kind": type(error).__name__, "what": error.what, "where": error.where, "remedy": error.remedy}
-        }
     except BaseException as error:
+        starved = _starved(request["memory_mib"])
+        if isinstance(error, EdgepruneError) and not starved:
+            kind = type(error).__name__
+            return {"error": {"kind": kind, "what": error.what, "where": error.where, "remedy": error.remedy}}
         traceback.print_exc()
         what = " ".join(str(error).split())
-        return {"error": {"kind": type(error).__name__, "what": what, "where": None, "remedy": None}}
+        # Without memory anything fails in any words: CPython's parser speaks of a missing field, an import of a
+        # package that is not installed.
+        kind = "MemoryError" if starved else type(error).__name__
+        return {"error": {"kind": kind, "what": what, "where": None, "remedy": None}}
+
+
+def _starved(limit_mib: int | None) -> bool:
+    """Whether this process holds nearly all that its limit allows."""
+    held = memory_mib().get("VmData")
+    return limit_mib is not None and held is not None and held > _NEARLY * limit_mib
 
 
 def main() -> NoReturn:

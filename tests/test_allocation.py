@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from edgeprune.damage import DamageTable, HeadOption, WidthOption
 from edgeprune.errors import NothingFits
 from edgeprune.families import FAMILIES
 from edgeprune.shape import LayerShape, ModelShape
+from edgeprune.vocabulary_damage import VocabularyOption
 
 DENSE = LayerShape(4, 2, 128)
 
@@ -71,7 +73,7 @@ def test_choice_is_the_best_of_all(seed: int, n_groups: int, tightness: float) -
 
 def test_sensitive_layers_keep_more_and_the_ratio_is_met() -> None:
     dense = shape()
-    widths = allocate_parameters(table([10.0, 0.1, 1.0]), dense, 0.3, Options(align=16))
+    widths, _ = allocate_parameters(table([10.0, 0.1, 1.0]), dense, 0.3, Options(align=16))
     after = dense.with_layers(widths)
     assert after.parameters <= 0.7 * dense.parameters
     assert widths[0] == DENSE and widths[1].neurons < widths[2].neurons
@@ -80,10 +82,22 @@ def test_sensitive_layers_keep_more_and_the_ratio_is_met() -> None:
 
 def test_first_layer_keeps_attention_and_options_are_heeded() -> None:
     dense = shape()
-    with_absent = allocate_parameters(table([0.01, 1.0, 1.0]), dense, 0.5, Options(align=32))
+    with_absent, _ = allocate_parameters(table([0.01, 1.0, 1.0]), dense, 0.5, Options(align=32))
     assert with_absent[0].heads
-    without = allocate_parameters(table([0.01, 1.0, 1.0]), dense, 0.4, Options(align=32, heads=False, absent=False))
+    without, _ = allocate_parameters(table([0.01, 1.0, 1.0]), dense, 0.4, Options(align=32, heads=False, absent=False))
     assert all(layer.heads == 4 and layer.neurons for layer in without)
+
+
+def test_vocabulary_shrinks_where_that_is_the_cheaper_way() -> None:
+    dense = shape()
+    cheap = [VocabularyOption(64, 0.0), VocabularyOption(16, 1e-4), VocabularyOption(8, 50.0)]
+    widths, size = allocate_parameters(table([1.0] * 3), dense, 0.2, Options(align=16), cheap)
+    assert size == 16
+    after = replace(dense.with_layers(widths), vocab=size)
+    assert after.parameters <= 0.8 * dense.parameters
+    alone, whole = allocate_parameters(table([1.0] * 3), dense, 0.2, Options(align=16))
+    assert whole == dense.vocab
+    assert sum(layer.neurons for layer in alone) <= sum(layer.neurons for layer in widths)
 
 
 def test_more_than_there_is_cannot_leave() -> None:
