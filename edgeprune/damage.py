@@ -98,18 +98,38 @@ class DamageTable:
         return float(np.interp(loss, [o.loss for o in options], np.maximum.accumulate([o.damage for o in options])))
 
 
-def divergence(head: Head, residual: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean KL(dense ‖ changed) in nats per token.
+@dataclass(frozen=True)
+class Reference:
+    """The dense model's next-token distributions: what changed models are compared with, in as few passes as may be.
 
-    Args:
-        residual: the changed model's residual stream after the last layer, (tokens, hidden).
-        reference: the dense model's log-probabilities, (tokens, vocabulary), float32.
+    Attributes:
+        probabilities: (tokens, vocabulary), float32.
+        negative_entropy: Σ p log p, (tokens,).
     """
-    total = 0.0
-    for part, expected in zip(torch.split(residual, 512), torch.split(reference, 512), strict=True):
-        said = torch.log_softmax(head.logits(part), dim=-1)
-        total += float((expected.exp() * (expected - said)).sum(dtype=torch.float64))
-    return total / len(residual)
+
+    probabilities: torch.Tensor
+    negative_entropy: torch.Tensor
+
+    @classmethod
+    def of(cls, head: Head, residual: torch.Tensor) -> Reference:
+        """Distributions at the residual stream after the last layer, (tokens, hidden)."""
+        logs = torch.log_softmax(head.logits(residual), dim=-1)
+        probabilities = logs.exp()
+        return cls(probabilities, (probabilities * logs).sum(-1))
+
+    def divergence(self, head: Head, residual: torch.Tensor) -> float:
+        """Mean KL(dense ‖ changed), nats per token, of a changed model's residual stream, (tokens, hidden).
+
+        KL = Σ p log p - Σ p z + log Σ exp z, with z the changed model's logits.
+        """
+        total = 0.0
+        for part, p, negative_entropy in zip(
+            residual.split(512), self.probabilities.split(512), self.negative_entropy.split(512), strict=True
+        ):
+            logits = head.logits(part)
+            each = negative_entropy - (p * logits).sum(-1) + torch.logsumexp(logits, dim=-1)
+            total += float(each.sum(dtype=torch.float64))
+        return max(0.0, total / len(residual))
 
 
 @torch.inference_mode()
@@ -138,14 +158,14 @@ def measure_damage(
     residual = model.embed(judged)
     blocks = [model.block(index) for index in range(len(model.shape.layers))]
     head = model.head()
-    reference = torch.log_softmax(head.logits(_through(blocks, residual).flatten(0, 1)), dim=-1)
+    reference = Reference.of(head, _through(blocks, residual).flatten(0, 1))
     attention, mlp, losses = [], [], []
     for index, (block, dense) in enumerate(zip(blocks, model.shape.layers, strict=True)):
         rest = blocks[index + 1 :]
 
         def judge(after: list[torch.Tensor], rest: list[Block] = rest) -> list[float]:
             ends = torch.split(_through(rest, torch.cat(after)), len(judged))
-            return [divergence(head, end.flatten(0, 1), reference) for end in ends]
+            return [reference.divergence(head, end.flatten(0, 1)) for end in ends]
 
         before = Streams(streams.dense.clone(), streams.dense) if block.family.parallel else streams
         read = residual

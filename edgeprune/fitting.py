@@ -26,7 +26,7 @@ from edgeprune.files import cache_dir, write_json
 from edgeprune.making import Maker
 from edgeprune.models import Model, checkpoint_folder, load, resolve
 from edgeprune.proposal import Proposal, estimated_seconds, propose
-from edgeprune.pruning import AMP, CALIBRATION_LENGTH, CALIBRATION_TEXTS, cached_scores
+from edgeprune.pruning import AMP, CALIBRATION_LENGTH, CALIBRATION_TEXTS, GIVEN_TEXTS, cached_scores
 from edgeprune.quality import differs
 from edgeprune.record import Trial, files_of, fit_record
 from edgeprune.reference import load_reference, make_reference
@@ -291,7 +291,7 @@ def _calibration(model: Model, settings: FitOptions, progress: Progress | None) 
     return text_set(
         model,
         settings.calibration,
-        count=CALIBRATION_TEXTS,
+        count=CALIBRATION_TEXTS if settings.calibration is None else GIVEN_TEXTS,
         length=CALIBRATION_LENGTH,
         seed=settings.seed,
         progress=None if progress is None else lambda d, t: progress("writing calibration text", d, t),

@@ -25,6 +25,7 @@ from edgeprune.errors import BadInput, NothingFits, unknown
 from edgeprune.files import cache_dir
 from edgeprune.importance import Scores, amp_scores, random_scores, reversed_scores
 from edgeprune.layerwise import Compensation, packed
+from edgeprune.memory import keep_freed_memory
 from edgeprune.models import Model, load
 from edgeprune.plan import SCOPES, PrunePlan, Scope, scopes_of, uniform_plan
 from edgeprune.runtimes.pytorch import load_tokenizer
@@ -36,7 +37,8 @@ from edgeprune.vocabulary_damage import VocabularyOption, measure_vocabulary, wi
 
 # AMP calibrates on 50 instruction prompts. Least squares wants more: twice the text took the KL of 10 % pruned neurons
 # from 0.248 to 0.217 (32k to 65k tokens, SmolLM2-135M).
-CALIBRATION_TEXTS = 128
+CALIBRATION_TEXTS = 128  # that the model writes: two minutes on 2 cores
+GIVEN_TEXTS = 256  # of a file or data set, which cost nothing to write
 CALIBRATION_LENGTH = 256
 WINDOW = 512  # tokens; the calibration texts are packed into such windows for compensation
 _LEAST_WINDOWS = 8
@@ -84,6 +86,7 @@ def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Pr
     if path.exists():
         return DamageTable.load(path)
     ids = windows_of(texts)
+    keep_freed_memory()
     table = measure_damage(
         LayeredModel(Checkpoint(source), dtype=dtype),
         ids[JUDGED_WINDOWS:],
@@ -207,7 +210,7 @@ def prune(
     texts = text_set(
         model,
         calibration,
-        count=CALIBRATION_TEXTS,
+        count=CALIBRATION_TEXTS if calibration is None else GIVEN_TEXTS,
         length=CALIBRATION_LENGTH,
         seed=seed,
         progress=_stage(progress, "writing calibration text"),
