@@ -43,6 +43,7 @@ CALIBRATION_LENGTH = 256
 WINDOW = 512  # tokens; the calibration texts are packed into such windows for compensation
 _LEAST_WINDOWS = 8
 JUDGED_TEXTS = 16  # windows of calibration text that vocabularies are judged on; they solve for nothing there
+TABLE_WINDOWS = 48  # for the table's second moments: its differences show with less text than the final weights need
 JUDGED_WINDOWS = 2  # of them are kept from the second moments, to measure the damage table on
 COMPENSATION = Compensation()
 
@@ -81,7 +82,16 @@ def windows_of(texts: TextSet) -> torch.Tensor:
 def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Progress | None = None) -> DamageTable:
     """The damage table of the model in `source`, measured once for each pair of model and text."""
     dtype = fast_dtype()
-    depends = [DAMAGE_SCHEMA, model_hash, texts.hash, asdict(COMPENSATION), str(dtype), WINDOW, JUDGED_WINDOWS]
+    depends = [
+        DAMAGE_SCHEMA,
+        model_hash,
+        texts.hash,
+        asdict(COMPENSATION),
+        str(dtype),
+        WINDOW,
+        JUDGED_WINDOWS,
+        TABLE_WINDOWS,
+    ]
     path = cache_dir() / "damage" / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]}.json"
     if path.exists():
         return DamageTable.load(path)
@@ -89,7 +99,7 @@ def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Pr
     keep_freed_memory()
     table = measure_damage(
         LayeredModel(Checkpoint(source), dtype=dtype),
-        ids[JUDGED_WINDOWS:],
+        ids[JUDGED_WINDOWS : JUDGED_WINDOWS + TABLE_WINDOWS],
         ids[:JUDGED_WINDOWS],
         COMPENSATION,
         model_hash=model_hash,
