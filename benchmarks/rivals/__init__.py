@@ -1,8 +1,9 @@
 """Pruning methods that edgeprune is compared with, each written from its paper in one small file.
 
-They are baselines, no part of the product. A method is a function `(folder, ratio, calibration, out) -> out`: it takes
-a dense Hugging Face folder, the share of all parameters to remove (embeddings count) and the calibration texts as token
-ids, and writes a Hugging Face folder. A new method is one entry in `METHODS`.
+They are baselines, no part of the product; `steps.py` has the product's own rows. A method is a function
+`(folder, ratio, calibration, out) -> out`: it takes a dense Hugging Face folder, the share of all parameters to remove
+(embeddings count) and the calibration texts as token ids, and writes a Hugging Face folder. A new method is one entry
+in `METHODS`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Method:
 
 
 def _methods() -> dict[str, Method]:
-    from rivals import amp, flap, magnitude, shortgpt, slicegpt, wanda_sp
+    from rivals import amp, flap, magnitude, shortgpt, slicegpt, steps, wanda_sp
 
     return {
         "random": Method(amp.random, "random", "control"),
@@ -67,6 +68,7 @@ def _methods() -> dict[str, Method]:
             note="run in torch: no stock runtime loads it; kinder to small tied models than the paper's form",
         ),
         "shortgpt": Method(shortgpt.prune, "ShortGPT", "arXiv 2403.03853", note="drops whole layers"),
+        **{name: Method(prune, label, source) for name, (prune, label, source) in steps.ROWS.items()},
     }
 
 

@@ -1,0 +1,114 @@
+"""edgeprune's own steps, each on top of the one before, through the package's public functions."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from edgeprune.calibration import TextSet
+from edgeprune.compensated import Origin, prune_compensated
+from edgeprune.importance import amp_scores
+from edgeprune.layerwise import Compensation
+from edgeprune.models import load
+from edgeprune.plan import LayerPlan
+from edgeprune.pruning import COMPENSATION, METHODS, WINDOW, packed, plan_for
+from edgeprune.pruning import prune as prune_with
+from edgeprune.recovery import recover
+from edgeprune.shape import LayerShape
+from rivals import ALIGN, amp
+
+TEXTS = ("c4/c4.txt", "wikipedia/wikipedia.txt")
+
+
+def amp_solved(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
+    """AMP's heads and neurons, with the weights that stay solved by least squares."""
+    return _amp(folder, ratio, calibration, out, COMPENSATION, keep=True)
+
+
+def amp_unweighted(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
+    """The same, every token counting alike."""
+    how = Compensation(COMPENSATION.ridge, COMPENSATION.stream, weighted=False)
+    return _amp(folder, ratio, calibration, out, how, keep=True)
+
+
+def amp_chosen(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
+    """AMP's widths, with heads and neurons chosen by backward elimination and weights by least squares."""
+    return _amp(folder, ratio, calibration, out, COMPENSATION, keep=False)
+
+
+def _amp(folder: Path, ratio: float, calibration: TextSet, out: Path, how: Compensation, *, keep: bool) -> Path:
+    model = load(folder)
+    scores = METHODS["amp"](amp_scores(model, calibration.ids), 0)
+    plan = plan_for(model.shape, scores, ratio, align=ALIGN)
+    choices: list[LayerShape | LayerPlan] = [layer if keep else layer.widths for layer in plan.layers]
+    origin = Origin("amp", ratio, model.hash, calibration.hash)
+    prune_compensated(model.folder, packed(calibration.ids, WINDOW), choices, how, out, origin=origin)
+    return out
+
+
+def uniform(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
+    """One width for all layers, by the damage table."""
+    return _ours(folder, ratio, calibration, out, uniform=True)
+
+
+def per_layer(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
+    """Widths of each layer's own, by the damage table."""
+    return _ours(folder, ratio, calibration, out)
+
+
+def vocabulary(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
+    """The vocabulary too, counted on what is left of the texts that calibration is taken from."""
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = Path(scratch) / "corpus.txt"
+        corpus.write_text("\n\n".join(rest_of_texts(calibration)), encoding="utf-8")
+        return _ours(folder, ratio, calibration, out, corpus=[corpus])
+
+
+def _ours(folder: Path, ratio: float, calibration: TextSet, out: Path, **options: Any) -> Path:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "calibration.jsonl"
+        path.write_text("\n".join(json.dumps({"text": text}) for text in calibration.texts), encoding="utf-8")
+        prune_with(folder, ratio, out, align=ALIGN, calibration=str(path), **options)
+    return out
+
+
+def rest_of_texts(calibration: TextSet) -> Sequence[str]:
+    """What follows the calibration text in the files that it begins."""
+    data = Path(os.environ["EDGEPRUNE_DATA"])
+    rest = []
+    for name in TEXTS:
+        whole = (data / name).read_text(encoding="utf-8")
+        used = max((whole.find(text[-80:]) + 80 for text in calibration.texts if text[-80:] in whole), default=0)
+        rest.append(whole[used:])
+    return rest
+
+
+def recovered(minutes: float, method: Literal["distil", "lora"], before: Any) -> Any:
+    """A row that prunes as `before` and then trains for so long on what is left of the texts."""
+
+    def prune(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+            pruned = Path(scratch) / "pruned"
+            before(folder, ratio, calibration, pruned)
+            recover(pruned, folder, out, seconds=60 * minutes, text=rest_of_texts(calibration), method=method)
+        return out
+
+    return prune
+
+
+ROWS = {
+    "amp-unweighted": (amp_unweighted, "AMP + least squares, tokens alike", "heads and neurons AMP's"),
+    "amp-solved": (amp_solved, "AMP + least squares", "heads and neurons AMP's; tokens weighed by 1/RMS²"),
+    "amp-chosen": (amp_chosen, "+ heads and neurons by elimination", "widths AMP's"),
+    "uniform": (uniform, "+ one width by measured damage", "edgeprune --uniform"),
+    "per-layer": (per_layer, "+ widths of each layer's own", "edgeprune"),
+    "vocabulary": (vocabulary, "+ vocabulary", "edgeprune --corpus"),
+    "recover20": (recovered(20, "distil", per_layer), "per layer + 20 minutes of recovery", "edgeprune --recover 20m"),
+    "recover60": (recovered(60, "distil", per_layer), "per layer + 60 minutes of recovery", "edgeprune --recover 60m"),
+    "amp-lora20": (recovered(20, "lora", amp.prune), "AMP + 20 minutes of LoRA", "the paper's recipe"),
+    "amp-lora60": (recovered(60, "lora", amp.prune), "AMP + 60 minutes of LoRA", "the paper's recipe"),
+}
