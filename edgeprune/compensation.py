@@ -67,8 +67,9 @@ def add_moments(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
 
 
 def mirrored(total: torch.Tensor) -> torch.Tensor:
-    """A whole symmetric matrix from its upper triangle."""
-    return torch.triu(total) + torch.triu(total, 1).T
+    """A whole symmetric matrix from its upper triangle, in place: it can be as large as all else together."""
+    upper = torch.triu(total, 1)
+    return total.triu_().add_(upper.T)
 
 
 @dataclass(frozen=True)

@@ -123,11 +123,10 @@ class Reference:
         KL = Σ p log p - Σ p z + log Σ exp z, with z the changed model's logits.
         """
         total = 0.0
-        for part, p, negative_entropy in zip(
-            residual.split(512), self.probabilities.split(512), self.negative_entropy.split(512), strict=True
-        ):
-            logits = head.logits(part)
-            each = negative_entropy - (p * logits).sum(-1) + torch.logsumexp(logits, dim=-1)
+        for start in range(0, len(residual), 512):
+            part = slice(start, start + 512)
+            logits = head.logits(residual[part])
+            each = self.negative_entropy[part] - (self.probabilities[part] * logits).sum(-1) + logits.logsumexp(-1)
             total += float(each.sum(dtype=torch.float64))
         return max(0.0, total / len(residual))
 

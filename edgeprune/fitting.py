@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -20,19 +20,30 @@ from edgeprune.bundle import write_bundle
 from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.damage import MEASURED_SHARES
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import cache_dir, write_json
 from edgeprune.making import Maker
 from edgeprune.models import Model, checkpoint_folder, load, resolve
+from edgeprune.plan import head_options
 from edgeprune.proposal import Proposal, estimated_seconds, propose
-from edgeprune.pruning import AMP, CALIBRATION_LENGTH, CALIBRATION_TEXTS, GIVEN_TEXTS, cached_scores
+from edgeprune.pruning import (
+    AMP,
+    CALIBRATION_LENGTH,
+    CALIBRATION_TEXTS,
+    GIVEN_TEXTS,
+    JUDGED_WINDOWS,
+    WINDOW,
+    cached_scores,
+)
 from edgeprune.quality import differs
 from edgeprune.record import Trial, files_of, fit_record
 from edgeprune.reference import load_reference, make_reference
 from edgeprune.report import write_report
-from edgeprune.rounds import LIMIT_AMP, Measured, by_damage, by_scores, measure_all, recovered
+from edgeprune.rounds import LIMIT_AMP, LIMIT_OBS, Measured, by_damage, by_scores, measure_all, recovered
 from edgeprune.search import METHOD as OBS
+from edgeprune.search import dense_candidates
 from edgeprune.targets import Target, default_targets, target_for
 from edgeprune.workshop import TIMEOUT_S, Workshop
 
@@ -119,6 +130,11 @@ def prepare(
     proposal = propose(str(model), shape, profile, budget, options.targets, ratios=options.ratios, limit=limit)
     if not proposal.n_feasible:
         raise proposal.nothing_fits()
+    if options.method == OBS:
+        dense = tuple(dense_candidates(shape, options.targets, profile, budget))
+        lacking = not all(candidate.fits for candidate in dense)
+        made = (options.limit or LIMIT_OBS) if lacking else 0
+        proposal = replace(proposal, candidates=dense, to_measure=dense, plans_to_make=made)
     return source, proposal
 
 
@@ -126,8 +142,16 @@ def estimate(proposal: Proposal, options: FitOptions) -> float:
     """Rough seconds that `fit` takes here with nothing cached."""
     calibration, held_out = CALIBRATION_TEXTS * CALIBRATION_LENGTH, HELD_OUT_WINDOWS * HELD_OUT_LENGTH
     written = (calibration if options.calibration is None else 0) + (held_out if options.held_out is None else 0)
-    read = calibration + held_out * (1 + len(proposal.to_measure)) + written
-    return estimated_seconds(proposal.shape, written=written * 3 // 2, read=read, exports=len(proposal.to_measure))
+    made = proposal.plans_to_make
+    read = calibration + held_out * (1 + len(proposal.to_measure) + made) + written
+    if made:
+        # The damage table: each option of each half is run from its layer to the end, half of the layers on average.
+        shape = proposal.shape
+        n_options = len(shape.layers) * (len(MEASURED_SHARES) + len(list(head_options(shape.layers[0]))))
+        read += n_options * JUDGED_WINDOWS * WINDOW // 2 + (3 + 5 * made) * calibration
+    return estimated_seconds(
+        proposal.shape, written=written * 3 // 2, read=read, exports=len(proposal.to_measure) + made
+    )
 
 
 def choose(measured: Sequence[Measured]) -> Measured | None:

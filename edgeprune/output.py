@@ -117,6 +117,10 @@ def print_proposal(proposal: Proposal, seconds: float) -> None:
         if candidate.doubtful and profile.at_hand:
             fate = "; may fit, measuring decides"
         errors.print(f"        {escape(str(candidate)):34} {cost}{fate}", soft_wrap=True)
+    if proposal.plans_to_make:
+        errors.print(
+            f"        then the plans of least damage for what does not fit; at most {proposal.plans_to_make} are made"
+        )
     errors.print(f"time    about {seconds / 60:.0f} min" if seconds >= 90 else f"time    about {seconds:.0f} s")
 
 

@@ -27,6 +27,7 @@ class Proposal:
     budget: Budget
     candidates: tuple[Candidate, ...]
     to_measure: tuple[Candidate, ...]
+    plans_to_make: int = 0  # beside these: plans of least damage for targets with which the dense model does not fit
 
     @property
     def n_feasible(self) -> int:
