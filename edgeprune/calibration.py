@@ -20,8 +20,9 @@ from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.importance import text_hash
 from edgeprune.models import Model
+from edgeprune.precision import fast_copy, fast_products
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SELF_GENERATED = "self-generated"
 HELD_OUT_SEED = 1 << 20  # of text to judge on: far from any seed that calibration text is written with
 _PREFIX_TOKENS = 2  # random words the model continues: enough to vary the topic
@@ -184,11 +185,25 @@ def _start_words(tokenizer: Any) -> torch.Tensor:
     return torch.tensor(ids or [i for i in range(len(tokenizer)) if i not in special])
 
 
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One id a row by the inverse of the cumulative distribution, which is several times as quick as multinomial.
+
+    Args:
+        logits: (rows, vocabulary), float32; -inf for what cannot be drawn.
+
+    Returns:
+        (rows, 1), int64.
+    """
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    # In (0, 1]: an id of probability 0 is never the first whose cumulative probability reaches it.
+    drawn = 1.0 - torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    return torch.searchsorted(cumulative, drawn * cumulative[:, -1:])
+
+
 @torch.inference_mode()
-def _write(model: Model, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """`rows` sampled continuations of random words at temperature 1: (rows, length)."""
+def _write(model: Model, module: Any, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """`rows` sampled continuations of random words at temperature 1, by `module`: (rows, length)."""
     words = _start_words(model.tokenizer)
-    module: Any = model.module
     pick = torch.randint(len(words), (rows, _PREFIX_TOKENS), generator=generator)
     tokens = [words[pick]]
     banned = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
@@ -197,9 +212,9 @@ def _write(model: Model, rows: int, length: int, generator: torch.Generator) -> 
     for _ in range(length - _PREFIX_TOKENS):
         result = module(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = result.past_key_values
-        logits = result.logits[:, -1]
+        logits = result.logits[:, -1].float()
         logits[:, banned] = -torch.inf  # a text goes on to its length
-        step = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        step = sample(logits, generator)
         tokens.append(step)
     return torch.cat(tokens, dim=1)
 
@@ -207,8 +222,9 @@ def _write(model: Model, rows: int, length: int, generator: torch.Generator) -> 
 @torch.inference_mode()
 def mean_nll(module: Any, ids: torch.Tensor) -> float:
     """Mean negative log-likelihood, in nats, of the tokens of one text, (length,), after the first."""
-    logits = module(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    return float(torch.nn.functional.cross_entropy(logits, ids[1:]))
+    with fast_products():
+        logits = module(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.float(), ids[1:]))
 
 
 def self_generated(model: Model, *, count: int, length: int, seed: int, progress: Progress | None = None) -> TextSet:
@@ -222,11 +238,12 @@ def self_generated(model: Model, *, count: int, length: int, seed: int, progress
         ids = tuple(torch.tensor(piece) for piece in read_json(path)["ids"])
         return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), ids, source)
     generator = torch.Generator().manual_seed(seed)
+    writer = fast_copy(model.module)
     wanted = round(count * _SURPLUS)
     written: list[tuple[float, torch.Tensor]] = []
     while len(written) < wanted:
         rows = min(_ROWS_AT_ONCE, wanted - len(written))
-        for row in _write(model, rows, length, generator):
+        for row in _write(model, writer, rows, length, generator):
             # Sampled ids are not always what the tokenizer would give for their text; the text decides.
             text = model.tokenizer.decode(row, skip_special_tokens=True)
             again = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"][:length])

@@ -23,6 +23,7 @@ from edgeprune.files import atomic_file, read_json, write_json
 from edgeprune.importance import text_hash
 from edgeprune.layerwise import Compensation, PrunedLayer, Streams, prune_layers, start_streams
 from edgeprune.plan import LayerPlan, PrunePlan
+from edgeprune.precision import fast_dtype
 from edgeprune.shape import LayerShape
 from edgeprune.surgery import prune_checkpoint
 
@@ -42,15 +43,6 @@ class Origin:
     model_hash: str
     text_hash: str
     parameters: int | None = None  # of the dense model, where `source` is already smaller by its vocabulary
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this processor multiplies it in hardware, else float32."""
-    capabilities = torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else ""  # type: ignore[no-untyped-call]
-    flags = Path("/proc/cpuinfo")
-    known = flags.read_text(encoding="utf-8", errors="replace") if flags.exists() else ""
-    in_hardware = "AVX512" in capabilities and ("avx512_bf16" in known or "amx_bf16" in known)
-    return torch.bfloat16 if in_hardware else torch.float32
 
 
 def prune_compensated(

@@ -129,5 +129,6 @@ def provide_imatrix(
         model = load(folder)
         if texts is None:
             texts = text_set(model, calibration, count=TEXTS, length=LENGTH, seed=seed)
-        write_imatrix(cached_importance_matrix(model, texts, progress=progress), out)
+        few = TextSet(texts.texts[:TEXTS], texts.ids[:TEXTS], texts.source)
+        write_imatrix(cached_importance_matrix(model, few, progress=progress), out)
     return out

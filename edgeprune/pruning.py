@@ -18,7 +18,7 @@ from edgeprune.allocation import Options, allocate_parameters
 from edgeprune.blocks import LayeredModel
 from edgeprune.calibration import TextSet, text_set
 from edgeprune.checkpoint import Checkpoint
-from edgeprune.compensated import Origin, fast_dtype, prune_compensated
+from edgeprune.compensated import Origin, prune_compensated
 from edgeprune.damage import SCHEMA_VERSION as DAMAGE_SCHEMA
 from edgeprune.damage import DamageTable, measure_damage
 from edgeprune.errors import BadInput, NothingFits, unknown
@@ -28,6 +28,7 @@ from edgeprune.layerwise import Compensation, packed
 from edgeprune.memory import keep_freed_memory
 from edgeprune.models import Model, load
 from edgeprune.plan import SCOPES, PrunePlan, Scope, scopes_of, uniform_plan
+from edgeprune.precision import fast_dtype
 from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import uniform_widths, width_plan
