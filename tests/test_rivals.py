@@ -28,11 +28,12 @@ import pruning  # noqa: E402
 import pruning_cells  # noqa: E402
 from conftest import SENTENCES, save_llama  # noqa: E402
 from pruning_page import best_curve, page  # noqa: E402
-from rivals import METHODS, flap, magnitude, shortgpt, slicegpt, wanda_sp  # noqa: E402
+from rivals import METHODS, flap, magnitude, shortgpt, slicegpt, steps, wanda_sp  # noqa: E402
 from rivals.folders import parameters_of  # noqa: E402
 from rivals.inputs import inputs_of, projections  # noqa: E402
 
-STOCK = [name for name, method in METHODS.items() if method.runtime == "llamacpp"]
+RIVALS = [name for name in METHODS if name not in steps.ROWS]
+STOCK = [name for name in RIVALS if METHODS[name].runtime == "llamacpp"]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def module_of(method: str, folder: Path) -> torch.nn.Module:
     return slicegpt.load_sliced(folder) if METHODS[method].runtime == "pytorch" else load(folder).module
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RIVALS)
 @pytest.mark.parametrize("ratio", [0.1, 0.2])
 def test_a_rival_reaches_the_ratio_loads_and_is_deterministic(method, ratio, dense, texts, tmp_path):
     folder = METHODS[method].prune(dense, ratio, texts, tmp_path / "a")
@@ -322,3 +323,9 @@ def test_what_fails_is_said_and_tried_again(dense, data, tmp_path, monkeypatch):
 def test_the_curve_of_quantisation_keeps_what_nothing_smaller_beats():
     rows = [{"bytes_per_token": b, "kl_nats": kl} for b, kl in ((3e6, 0.2), (1e6, 0.5), (2e6, 0.6), (4e6, 0.0))]
     assert best_curve({"rows": rows}) == [(1.0, 0.5), (3.0, 0.2)]
+
+
+@pytest.mark.parametrize("method", ["amp-unweighted", "amp-solved", "amp-chosen"])
+def test_our_steps_on_amp_keep_its_widths(method: str, dense: Path, texts: TextSet, tmp_path: Path) -> None:
+    wanted = Checkpoint(METHODS["amp"].prune(dense, 0.2, texts, tmp_path / "amp")).shape
+    assert Checkpoint(METHODS[method].prune(dense, 0.2, texts, tmp_path / "step")).shape == wanted

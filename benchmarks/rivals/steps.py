@@ -15,7 +15,7 @@ from edgeprune.importance import amp_scores
 from edgeprune.layerwise import Compensation
 from edgeprune.models import load
 from edgeprune.plan import LayerPlan
-from edgeprune.pruning import COMPENSATION, METHODS, WINDOW, packed, plan_for
+from edgeprune.pruning import COMPENSATION, METHODS, plan_for, windows_of
 from edgeprune.pruning import prune as prune_with
 from edgeprune.recovery import recover
 from edgeprune.shape import LayerShape
@@ -46,7 +46,7 @@ def _amp(folder: Path, ratio: float, calibration: TextSet, out: Path, how: Compe
     plan = plan_for(model.shape, scores, ratio, align=ALIGN)
     choices: list[LayerShape | LayerPlan] = [layer if keep else layer.widths for layer in plan.layers]
     origin = Origin("amp", ratio, model.hash, calibration.hash)
-    prune_compensated(model.folder, packed(calibration.ids, WINDOW), choices, how, out, origin=origin)
+    prune_compensated(model.folder, windows_of(calibration), choices, how, out, origin=origin)
     return out
 
 
