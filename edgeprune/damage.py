@@ -87,6 +87,13 @@ class DamageTable:
         except (TypeError, KeyError, ValueError) as error:
             raise BadInput(f"not a damage table ({error})", where=path, remedy="delete it") from error
 
+    def damage(self, layers: Sequence[LayerShape]) -> float:
+        """The predicted damage of these widths together: those of all halves of all layers, added up."""
+        return sum(
+            self.head_damage(i, layer.heads, layer.kv_heads) + self.mlp_damage(i, layer.neurons)
+            for i, layer in enumerate(layers)
+        )
+
     def head_damage(self, layer: int, heads: int, kv_heads: int) -> float:
         """The damage of leaving so many heads in a layer."""
         return next(o.damage for o in self.attention[layer] if (o.heads, o.kv_heads) == (heads, kv_heads))

@@ -14,8 +14,8 @@ def fast_dtype() -> torch.dtype:
     """bfloat16 where this processor multiplies it in hardware, else float32."""
     flags = Path("/proc/cpuinfo")
     known = flags.read_text(encoding="utf-8", errors="replace") if flags.exists() else ""
-    in_hardware = "avx512_bf16" in known or "amx_bf16" in known
-    return torch.bfloat16 if in_hardware else torch.float32
+    names = ("avx512_bf16", "amx_bf16", " bf16")  # the last is ARM's, a word of its own
+    return torch.bfloat16 if any(name in known for name in names) else torch.float32
 
 
 def fast_copy(module: torch.nn.Module) -> torch.nn.Module:

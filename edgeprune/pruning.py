@@ -31,7 +31,7 @@ from edgeprune.plan import SCOPES, PrunePlan, Scope, scopes_of, uniform_plan
 from edgeprune.precision import fast_dtype
 from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.search import METHOD as OBS
-from edgeprune.search import uniform_widths, width_plan
+from edgeprune.search import uniform_widths
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.surgery import prune_checkpoint
 from edgeprune.vocabulary_damage import VocabularyOption, measure_vocabulary, with_vocabulary
@@ -159,7 +159,7 @@ def widths_for(
 
             with suppress(NothingFits):
                 layers = uniform_widths(table, left, align, fits)
-                best = min(best, (damage + width_plan(table, left, layers).damage, layers, size), key=lambda b: b[0])
+                best = min(best, (damage + table.damage(layers), layers, size), key=lambda b: b[0])
         if best[0] == inf:
             raise NothingFits("no width for all layers leaves so little")
         return best[1], best[2]

@@ -84,11 +84,7 @@ def best_plan(
 def width_plan(table: DamageTable, shape: ModelShape, layers: tuple[LayerShape, ...]) -> WidthPlan:
     """A plan of these widths with what they remove and their predicted damage."""
     reached = 1 - shape.with_layers(layers).parameters / shape.parameters
-    damage = sum(
-        table.head_damage(i, layer.heads, layer.kv_heads) + table.mlp_damage(i, layer.neurons)
-        for i, layer in enumerate(layers)
-    )
-    return WidthPlan(layers, METHOD, reached, reached, damage)
+    return WidthPlan(layers, METHOD, reached, reached, table.damage(layers))
 
 
 Sizes = Callable[[ModelShape], Array]
@@ -134,22 +130,17 @@ def uniform_widths(table: DamageTable, shape: ModelShape, align: int, fits: Fits
     """One width for all layers: of all that fit, the one of least predicted damage."""
     dense, count = shape.layers[0], len(shape.layers)
     widths = sorted({dense.neurons, *range(align, dense.neurons, align)}, reverse=True)
-    found: list[tuple[float, LayerShape]] = []
+    found: list[tuple[LayerShape, ...]] = []
     for option in table.attention[0]:
         if not option.heads or (shape.fixed_heads and option.heads != dense.heads):
             continue
         # Narrower ones fit too, and lose more.
-        layers = (LayerShape(option.heads, option.kv_heads, neurons) for neurons in widths)
-        widest = next((layer for layer in layers if fits((layer,) * count)), None)
-        if widest is not None:
-            damage = sum(
-                table.head_damage(i, widest.heads, widest.kv_heads) + table.mlp_damage(i, widest.neurons)
-                for i in range(count)
-            )
-            found.append((damage, widest))
+        alike = ((LayerShape(option.heads, option.kv_heads, neurons),) * count for neurons in widths)
+        if widest := next((layers for layers in alike if fits(layers)), None):
+            found.append(widest)
     if not found:
         raise NothingFits("no width for all layers meets the budget", remedy="relax it, or allow per-layer widths")
-    return (min(found, key=lambda pair: pair[0])[1],) * count
+    return min(found, key=table.damage)
 
 
 def dense_candidates(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.files import atomic_file, cache_dir
+from edgeprune.precision import fast_products
 from edgeprune.runtimes.pytorch import load_model
 from edgeprune.vocabulary import Counts
 from edgeprune.vocabulary_counts import Corpus, pieces
@@ -106,12 +107,6 @@ def sample(corpus: Corpus, count: int, *, seed: int) -> list[str]:
     return drawn
 
 
-def _autocast() -> torch.autocast:
-    """bfloat16 where the processor computes in it: three times as fast, and a mean over many tokens forgives it."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return torch.autocast("cpu", torch.bfloat16, enabled="avx512_bf16" in flags or " bf16" in flags)
-
-
 def misfit(direction: NDArray[np.float64], gram: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
     """Mean of (h · u - 1)² over hidden states with this Gram matrix and mean; 1 is as good as no direction."""
     return float(direction @ gram @ direction - 2 * direction @ mean + 1)
@@ -150,7 +145,7 @@ def _observe(module: Any, windows: list[torch.Tensor], report: Callable[[int], N
     try:
         for done, window in enumerate(windows, start=1):
             half = done % 2
-            with _autocast():
+            with fast_products():
                 logits = module(input_ids=window[None], use_cache=False).logits[0]  # (length, vocabulary)
             for part in logits.split(64):  # a float32 copy of all of it would be the largest thing in memory
                 sums.probability += part.float().softmax(dim=-1).sum(dim=0).double()
