@@ -31,7 +31,7 @@ def duration(text: str, where: str) -> float:
 def recover(
     pruned: Annotated[Path, typer.Argument(help="Folder of the pruned model.")],
     teacher: Annotated[
-        str, typer.Option("--teacher", help="The dense model, with the same vocabulary.", metavar="MODEL")
+        str, typer.Option("--teacher", help="The dense model that the pruned one was made of.", metavar="MODEL")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in Hugging Face format.")],
     time: Annotated[str, typer.Option("--time", help="How long to train: 90s, 20m, 2h.")] = "20m",

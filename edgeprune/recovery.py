@@ -20,16 +20,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from edgeprune.calibration import self_generated
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed, missing_extra, unknown
 from edgeprune.files import atomic_folder, cache_dir, write_json
 from edgeprune.losses import TopK
-from edgeprune.models import load
 from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
 from edgeprune.recovery_state import Held, State, restore, save
-from edgeprune.runtimes.pytorch import load_model, load_tokenizer
+from edgeprune.recovery_inputs import check_length, own_text, same_vocabulary, shared_tokenizer
+from edgeprune.runtimes.pytorch import load_model
 from edgeprune.teacher import TeacherCache
 from edgeprune.trainee import Trainee
 from edgeprune.training import Clock, Decoder, Learner, MasterAdamW, number_format, rate_share
@@ -39,9 +38,6 @@ RECORD = "recovery.json"
 STATE = "state.safetensors"
 _LOG_STEPS = 10  # steps that one entry of the history stands for
 _MOST_SKIPPED = 10  # steps in a row without a finite gradient before a run is given up
-_OWN_LENGTH = 512  # tokens of a text that the teacher writes itself
-_OWN_PER_SECOND = 80  # tokens it writes for each second of training: about a fifth of the time on two cores
-_SAMPLE = 20_000  # characters on which two tokenizers must agree
 
 Progress = Callable[[str, int, int], None]
 
@@ -67,7 +63,7 @@ def recover(
 
     Args:
         student: a checkpoint folder.
-        teacher: the dense model's folder, with the same vocabulary.
+        teacher: the dense model's folder. Where the student has lost tokens, the teacher loses the same ones first.
         out: the folder to write: the student's own, with other weights, and `recovery.json`.
         seconds: how long to train.
         text: what to train on; None lets the teacher write it.
@@ -93,14 +89,16 @@ def recover(
     clock = Clock()
     say = progress or (lambda _stage, _done, _total: None)
     accelerator = _accelerator()
-    tokenizer = _shared_tokenizer(student, teacher, text)
-    _check_length(student, teacher, recipe.length)
-    if text is None:
-        with accelerator.main_process_first():
-            text = _own_text(teacher, seconds, seed, say)
+    cache = cache or cache_dir()
+    with accelerator.main_process_first():
+        if text is None:
+            text = own_text(teacher, seconds, seed, say)
+        teacher = same_vocabulary(student, teacher, cache, say)
+    tokenizer = shared_tokenizer(student, teacher, text)
+    check_length(student, teacher, recipe.length)
     say("packing the text", 0, 0)
     windows = pack(text, tokenizer, recipe.length)
-    run = _Run(student, teacher, out, windows, recipe, seed, seconds, accelerator, clock, cache or cache_dir(), say)
+    run = _Run(student, teacher, out, windows, recipe, seed, seconds, accelerator, clock, cache, say)
     try:
         return run.all(method, resume)
     finally:
@@ -348,45 +346,3 @@ def _agreed(value: float, accelerator: Any) -> float:
     from accelerate.utils import broadcast
 
     return float(broadcast(torch.tensor(value, dtype=torch.float64, device=accelerator.device)))
-
-
-def _shared_tokenizer(student: Path, teacher: Path, text: Sequence[str] | None) -> Any:
-    """The student's tokenizer.
-
-    Raises:
-        BadInput: the teacher's is another, so that its distributions are over other tokens.
-    """
-    own, other = load_tokenizer(student), load_tokenizer(teacher)
-    sizes = [Checkpoint(folder).shape.vocab for folder in (student, teacher)]
-    sample = "".join(text or ())[:_SAMPLE]
-    same = (
-        sizes[0] == sizes[1]
-        and own.get_vocab() == other.get_vocab()
-        and own(sample, verbose=False)["input_ids"] == other(sample, verbose=False)["input_ids"]
-    )
-    if not same:
-        raise BadInput(
-            f"the teacher has another vocabulary ({sizes[1]} entries, the student {sizes[0]})",
-            where=teacher,
-            remedy="prune the dense model's vocabulary as the student's was and give that folder as the teacher",
-        )
-    return own
-
-
-def _check_length(student: Path, teacher: Path, length: int) -> None:
-    for folder in (student, teacher):
-        most = Checkpoint(folder).config.get("max_position_embeddings")
-        if isinstance(most, int) and length > most:
-            raise BadInput(f"windows of {length} tokens; the model reads {most}", where=folder, remedy="shorten them")
-
-
-def _own_text(teacher: Path, seconds: float, seed: int, say: Progress) -> tuple[str, ...]:
-    """Text that the teacher writes, as much as a fifth of the time allows on two cores; it is cached."""
-    count = min(2048, max(32, round(_OWN_PER_SECOND * seconds / _OWN_LENGTH)))
-    model = load(teacher)
-    length = min(_OWN_LENGTH, int(Checkpoint(teacher).config.get("max_position_embeddings", _OWN_LENGTH)))
-
-    def progress(done: int, total: int) -> None:
-        say("writing text", done, total)
-
-    return self_generated(model, count=count, length=length, seed=seed, progress=progress).texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 from edgeprune.surgery import prune_checkpoint
 from edgeprune.teacher import TeacherCache
 from edgeprune.training import Decoder, MasterAdamW, rate_share
+from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, plan_vocabulary
+from edgeprune.vocabulary_surgery import prune_vocabulary
 from edgeprune.weights import write_like
 
 TEXT = ["".join(SENTENCES[(7 * i + j * j) % len(SENTENCES)] + " " for j in range(9)) for i in range(20)]
@@ -217,7 +220,7 @@ def test_the_command(student: Path, tiny_folder: Path, tmp_path: Path, monkeypat
 def test_without_text_the_teacher_writes_it(
     student: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeprune.recovery._OWN_LENGTH", 64)
+    monkeypatch.setattr("edgeprune.recovery_inputs._OWN_LENGTH", 64)
     result = run(student, tiny_folder, tmp_path / "out", replace(QUICK, max_steps=1), text=None, seconds=1.0)
     assert result.tokens == 4 * 32
 
@@ -251,6 +254,24 @@ def test_a_teacher_of_another_vocabulary_is_refused(student: Path, make_llama: M
     (renamed / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(BadInput, match="another vocabulary"):
         run(student, renamed, tmp_path / "out")
+
+
+def test_a_student_without_some_tokens_learns_from_the_teacher_without_them(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXT), encoding="utf-8")
+    before = Checkpoint(tiny_folder).shape.vocab
+    plan = plan_vocabulary(tiny_folder, [corpus], size=before - 32, windows=0)
+    small = prune_vocabulary(tiny_folder, plan, tmp_path / "small")
+    broken = shutil.copytree(small, tmp_path / "broken")
+    down = "model.layers.0.mlp.down_proj.weight"
+    write_like(small, {down: torch.zeros_like}, broken)
+    result = run(broken, tiny_folder, tmp_path / "out")
+    assert result.after.kl < 0.8 * result.before.kl
+    assert Checkpoint(result.out).shape.vocab == plan.size
+    assert VocabularyPlan.load(result.out / PLAN_FILE) == plan  # so that the result can be trained on
+    assert run(small, tiny_folder, tmp_path / "same").before.kl < 1e-3  # the small teacher is the student's equal
 
 
 def test_gradients_that_stay_infinite_end_the_run(make_llama: MakeLlama, tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""What a recovery needs before its first step: a teacher that speaks the student's tokens, and text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeprune.calibration import self_generated
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.errors import BadInput
+from edgeprune.models import load
+from edgeprune.runtimes.pytorch import load_tokenizer
+from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, tokenizer_hash
+from edgeprune.vocabulary_surgery import prune_vocabulary
+
+_OWN_LENGTH = 512  # tokens of a text that the teacher writes itself
+_OWN_PER_SECOND = 80  # tokens it writes for each second of training: about a fifth of the time on two cores
+_SAMPLE = 20_000  # characters on which two tokenizers must agree
+
+Progress = Callable[[str, int, int], None]
+
+
+def same_vocabulary(student: Path, teacher: Path, cache: Path, say: Progress) -> Path:
+    """A folder of the teacher with the student's vocabulary: its own, or one without the tokens that the student lost.
+
+    Distributions over other tokens cannot be compared. The smaller teacher reads text as the student does and is the
+    student's starting point, were no layer pruned; it lies in the cache.
+
+    Raises:
+        BadInput: a vocabulary plan that is damaged.
+        StageFailed: text that the smaller tokenizer does not give back.
+    """
+    path = student / PLAN_FILE
+    if not path.is_file() or not (teacher / "tokenizer.json").is_file():
+        return teacher
+    plan = VocabularyPlan.load(path)
+    if plan.tokenizer != tokenizer_hash(teacher):
+        return teacher  # perhaps pruned alike already; `shared_tokenizer` tells
+    parts = [Checkpoint(teacher).hash(), plan.to_json()]
+    folder = cache / "teachers" / f"vocabulary-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}"
+    if not (folder / "config.json").exists():
+        say(f"giving the teacher the student's vocabulary of {plan.size} tokens", 0, 0)
+        prune_vocabulary(teacher, plan, folder)
+    return folder
+
+
+def shared_tokenizer(student: Path, teacher: Path, text: Sequence[str] | None) -> Any:
+    """The student's tokenizer.
+
+    Raises:
+        BadInput: the teacher's is another, so that its distributions are over other tokens.
+    """
+    own, other = load_tokenizer(student), load_tokenizer(teacher)
+    sizes = [Checkpoint(folder).shape.vocab for folder in (student, teacher)]
+    sample = "".join(text or ())[:_SAMPLE]
+    same = (
+        sizes[0] == sizes[1]
+        and own.get_vocab() == other.get_vocab()
+        and own(sample, verbose=False)["input_ids"] == other(sample, verbose=False)["input_ids"]
+    )
+    if not same:
+        raise BadInput(
+            f"the teacher has another vocabulary ({sizes[1]} entries, the student {sizes[0]})",
+            where=teacher,
+            remedy="prune the dense model's vocabulary as the student's was and give that folder as the teacher",
+        )
+    return own
+
+
+def check_length(student: Path, teacher: Path, length: int) -> None:
+    """Raise `BadInput` if either model reads fewer tokens than a window has."""
+    for folder in (student, teacher):
+        most = Checkpoint(folder).config.get("max_position_embeddings")
+        if isinstance(most, int) and length > most:
+            raise BadInput(f"windows of {length} tokens; the model reads {most}", where=folder, remedy="shorten them")
+
+
+def own_text(teacher: Path, seconds: float, seed: int, say: Progress) -> tuple[str, ...]:
+    """Text that the teacher writes, as much as a fifth of the time allows on two cores; it is cached."""
+    count = min(2048, max(32, round(_OWN_PER_SECOND * seconds / _OWN_LENGTH)))
+    model = load(teacher)
+    length = min(_OWN_LENGTH, int(Checkpoint(teacher).config.get("max_position_embeddings", _OWN_LENGTH)))
+
+    def progress(done: int, total: int) -> None:
+        say("writing text", done, total)
+
+    return self_generated(model, count=count, length=length, seed=seed, progress=progress).texts
