@@ -1,4 +1,4 @@
-"""Weight compensation: which inputs of a projection to drop, and how the others take over what they did.
+"""Weight compensation: how the inputs of a projection that stay take over what the others did.
 
 Pure tensor functions of second moments. For a projection with inputs x (one row a token), token weights s and targets
 t, `gram` is G = Σ s x xᵀ and `cross` is C = Σ s x tᵀ. Keeping the inputs K, the weights W (rows: inputs) that lose
@@ -9,26 +9,22 @@ least are those of weighted ridge regression towards the old weights W₀:
 
 Damping by each input's own second moment makes λ free of scale: neurons differ in it by orders of magnitude.
 Sources: the update is that of Optimal Brain Surgeon (Hassibi & Stork 1992) for a whole projection, as ZipLM
-(arXiv 2302.04089) and OSSCAR (arXiv 2403.12983) use it for structures.
+(arXiv 2302.04089) and OSSCAR (arXiv 2403.12983) use it for structures. Which inputs stay: `elimination`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from edgeprune.errors import StageFailed
-from edgeprune.shape import LayerShape
 
 # Of the mean second moment; keeps an input that never fires from making the matrix singular.
 _FLOOR = 1e-6
 # Relative error of a solution in float64 grows with the condition number; above this it would reach per cents.
 MAX_CONDITION = 1e13
-_EXHAUSTIVE = 256  # head subsets of one layer tried one by one; beyond, heads leave greedily
 
 
 def token_weights(residual: torch.Tensor) -> torch.Tensor:
@@ -76,26 +72,48 @@ def mirrored(total: torch.Tensor) -> torch.Tensor:
 class Moments:
     """Second moments of one projection's inputs with themselves and with its targets, and the weights it has.
 
+    Sums are kept in the number format they were made in; what is solved is float64.
+
     Attributes:
-        gram: (inputs, inputs), float64.
-        cross: (inputs, outputs), float64.
+        gram: (inputs, inputs).
+        cross: (inputs, outputs).
         weight: (inputs, outputs), the dense weights, transposed to a row an input.
         scale: what losses are told in units of, e.g. the weighted energy of the residual stream.
+        own: share of the target that is what the projection says itself of these inputs, W₀ᵀ x, beside that in `cross`.
+            Where it is all of it, `cross` is not read.
     """
 
     gram: torch.Tensor
     cross: torch.Tensor
     weight: torch.Tensor
     scale: float
+    own: float = 0.0
 
     def damping(self, ridge: float) -> torch.Tensor:
         """The diagonal of Λ, (inputs,)."""
-        diagonal = self.gram.diagonal()
+        diagonal = self.gram.diagonal().double()
         return ridge * diagonal + _FLOOR * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
 
-    def damped_cross(self, ridge: float) -> torch.Tensor:
-        """C + Λ W₀, (inputs, outputs)."""
-        return self.cross + self.damping(ridge)[:, None] * self.weight
+    def damped_cross(self, ridge: float, kept: torch.Tensor) -> torch.Tensor:
+        """Rows `kept` of C + Λ W₀, (kept, outputs), with C that of the whole target."""
+        weight = self.weight.double()
+        result = self.damping(ridge)[kept, None] * weight[kept]
+        if self.own:
+            result.addmm_(self.gram[kept].double(), weight, alpha=self.own)
+        if self.own < 1:
+            result += (1 - self.own) * self.cross[kept].double()
+        return result
+
+    def solved_with(self, inverse: torch.Tensor, ridge: float) -> torch.Tensor:
+        """P (C + Λ W₀), (inputs, outputs), with P = (G + Λ)⁻¹: the weights that keep every input.
+
+        For the projection's own share of the target they are W₀, which saves a product with G.
+        """
+        weight = self.weight.double()
+        if self.own == 1:
+            return weight.clone()
+        towards = self.damping(ridge)[:, None] * weight + self.cross.double()
+        return (inverse @ towards).mul_(1 - self.own).add_(weight, alpha=self.own)
 
 
 def factored(matrix: torch.Tensor, what: str) -> torch.Tensor:
@@ -126,160 +144,6 @@ def solve(moments: Moments, kept: torch.Tensor, ridge: float, *, what: str = "a 
     Raises:
         StageFailed: see `factored`.
     """
-    damping, cross = moments.damping(ridge), moments.damped_cross(ridge)
-    gram = moments.gram[kept][:, kept]
-    gram.diagonal().add_(damping[kept])
-    return torch.cholesky_solve(cross[kept], factored(gram, what)).T.float().contiguous()
-
-
-def errors_of(moments: Moments, choices: Sequence[torch.Tensor], ridge: float, *, what: str) -> list[float]:
-    """What keeping only each of `choices` costs: the damped least squares' gain that is lost by it.
-
-    In units of `Moments.scale`; the constant part, which no choice changes, is left out, so that keeping everything
-    costs 0.
-
-    Raises:
-        StageFailed: see `factored`.
-    """
-    damping, cross = moments.damping(ridge), moments.damped_cross(ridge)
-
-    def gain(kept: torch.Tensor) -> float:
-        gram = moments.gram[kept][:, kept]
-        gram.diagonal().add_(damping[kept])
-        half = torch.linalg.solve_triangular(factored(gram, what), cross[kept], upper=False)
-        return float((half * half).sum())
-
-    full = gain(torch.arange(len(damping)))
-    return [max(0.0, full - (gain(kept) if len(kept) else 0.0)) / moments.scale for kept in choices]
-
-
-@dataclass(frozen=True)
-class Elimination:
-    """In which order inputs leave, and what is lost by then.
-
-    Attributes:
-        order: (removed,), input indices, first to leave first.
-        errors: (removed,), cumulative loss after each, in units of `Moments.scale`.
-        inputs: how many there were.
-    """
-
-    order: torch.Tensor
-    errors: torch.Tensor
-    inputs: int
-
-    def kept(self, width: int) -> torch.Tensor:
-        """The inputs left at `width`, ascending."""
-        mask = torch.ones(self.inputs, dtype=torch.bool)
-        mask[self.order[: self.inputs - width]] = False
-        return mask.nonzero().flatten()
-
-    def error(self, width: int) -> float:
-        """What is lost at `width`."""
-        removed = self.inputs - width
-        return float(self.errors[removed - 1]) if removed else 0.0
-
-
-def eliminate(
-    moments: Moments, ridge: float, *, least: int, step: int | None = None, what: str = "a projection"
-) -> Elimination:
-    """Backward elimination: again and again those inputs leave that are best made up for by the ones that stay.
-
-    With P = (G + Λ)⁻¹ and B = P C, dropping input j raises the error by ‖B_j‖² / P_jj (the saliency of Optimal Brain
-    Surgeon, summed over outputs); P and B are then updated by block elimination. Sets are nested: one run serves every
-    width.
-
-    Args:
-        least: stop when so many are left.
-        step: inputs that leave at once, chosen by the saliencies before any of them does; default: at most 1/128 of
-            all, which costs nothing measurable against one at a time.
-
-    Raises:
-        StageFailed: see `factored`.
-    """
-    count = moments.gram.shape[0]
-    step = step or max(1, count // 128)
-    inverse = moments.gram.clone()
-    inverse.diagonal().add_(moments.damping(ridge))
-    inverse = torch.cholesky_inverse(factored(inverse, what))
-    solution = inverse @ moments.damped_cross(ridge)
-    alive = torch.ones(count, dtype=torch.bool)
-    order: list[torch.Tensor] = []
-    errors: list[float] = []
-    left, lost = count, 0.0
-    while left > least:
-        leaving = min(step, left - least)
-        saliency = torch.where(alive, solution.square().sum(1) / inverse.diagonal(), torch.inf)
-        chosen = torch.topk(saliency, leaving, largest=False, sorted=True).indices
-        factor = torch.linalg.cholesky(inverse[chosen][:, chosen])
-        columns = inverse[:, chosen].clone()
-        rows = torch.cholesky_solve(solution[chosen], factor)
-        lost += float((solution[chosen] * rows).sum())
-        solution -= columns @ rows
-        inverse.addmm_(columns, torch.cholesky_solve(columns.T, factor), alpha=-1)
-        # What has left must not come back through rounding, nor divide by zero.
-        alive[chosen] = False
-        inverse.diagonal()[chosen] = 1.0
-        solution[chosen] = 0.0
-        order.append(chosen)
-        errors += [lost / moments.scale] * leaving
-        left -= leaving
-    return Elimination(
-        torch.cat(order) if order else torch.empty(0, dtype=torch.int64),
-        torch.tensor(errors, dtype=torch.float64),
-        count,
-    )
-
-
-def rows_of(heads: Sequence[int], head_dim: int) -> torch.Tensor:
-    """Inputs of the output projection that belong to `heads`, (len(heads) · head_dim,)."""
-    return (torch.tensor(heads, dtype=torch.int64)[:, None] * head_dim + torch.arange(head_dim)).flatten()
-
-
-def _subsets(dense: LayerShape, left: LayerShape) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    group, per_group = dense.heads // dense.kv_heads, left.heads // left.kv_heads
-    for groups in itertools.combinations(range(dense.kv_heads), left.kv_heads):
-        members = [itertools.combinations(range(kv * group, (kv + 1) * group), per_group) for kv in groups]
-        for heads in itertools.product(*members):
-            yield groups, tuple(itertools.chain(*heads))
-
-
-def choose_heads(
-    moments: Moments, dense: LayerShape, left: LayerShape, head_dim: int, ridge: float, *, what: str = "attention"
-) -> tuple[tuple[int, ...], tuple[int, ...], float]:
-    """Which key/value heads and query heads stay at the widths `left`, and what is lost then.
-
-    Every key/value head that stays keeps as many query heads as every other. All subsets are tried where they are few,
-    as they are in small models; else whole groups leave first and then a head of every group, the cheapest first.
-
-    Returns:
-        Key/value heads, query heads (both ascending), and the loss in units of `Moments.scale`.
-
-    Raises:
-        StageFailed: see `factored`.
-    """
-    group, per_group = dense.heads // dense.kv_heads, left.heads // left.kv_heads
-    count = math.comb(dense.kv_heads, left.kv_heads) * math.comb(group, per_group) ** left.kv_heads
-
-    def best(choices: Sequence[tuple[int, ...]]) -> tuple[int, float]:
-        errors = errors_of(moments, [rows_of(heads, head_dim) for heads in choices], ridge, what=what)
-        index = min(range(len(errors)), key=errors.__getitem__)
-        return index, errors[index]
-
-    if count <= _EXHAUSTIVE:
-        subsets = list(_subsets(dense, left))
-        index, error = best([heads for _, heads in subsets])
-        return *subsets[index], error
-    members = {kv: tuple(range(kv * group, (kv + 1) * group)) for kv in range(dense.kv_heads)}
-
-    def with_group(kv: int, replacement: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(itertools.chain(*(replacement if each == kv else kept for each, kept in members.items())))
-
-    while len(members) > left.kv_heads:
-        groups = list(members)
-        del members[groups[best([with_group(kv, ()) for kv in groups])[0]]]
-    for _ in range(group - per_group):
-        for kv, kept in list(members.items()):
-            shorter = [tuple(head for head in kept if head != gone) for gone in kept]
-            members[kv] = shorter[best([with_group(kv, each) for each in shorter])[0]]
-    heads = tuple(itertools.chain(*members.values()))
-    return tuple(members), heads, best([heads])[1]
+    gram = moments.gram[kept][:, kept].double()
+    gram.diagonal().add_(moments.damping(ridge)[kept])
+    return torch.cholesky_solve(moments.damped_cross(ridge, kept), factored(gram, what)).T.float().contiguous()

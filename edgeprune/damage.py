@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from edgeprune.blocks import HALVES, Block, Half, Head, LayeredModel
-from edgeprune.compensation import Moments, choose_heads, eliminate, rows_of, solve
+from edgeprune.compensation import Moments
+from edgeprune.elimination import choose_heads, eliminate, rows_of
 from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_json
 from edgeprune.layerwise import Compensation, Streams, run_half
@@ -244,8 +245,8 @@ def _head_choices(
         left = LayerShape(heads, kv_heads, dense.neurons)
         if left == dense:
             continue
-        kept = rows_of(choose_heads(moments, dense, left, head_dim, how.ridge)[1], head_dim)
-        found.append((left, kept, solve(moments, kept, how.ridge)))
+        choice = choose_heads(moments, dense, left, head_dim, how.ridge)
+        found.append((left, rows_of(choice.heads, head_dim), choice.weights))
     nothing = torch.empty(0, dtype=torch.int64)
     return [*found, (LayerShape(0, 0, dense.neurons), nothing, torch.empty(0))]
 
@@ -254,11 +255,7 @@ def _width_choices(
     moments: Moments, dense: LayerShape, how: Compensation
 ) -> tuple[list[tuple[int, torch.Tensor, torch.Tensor]], list[float]]:
     """The measured widths with kept neurons and weights; and the relative loss at 0, 1, 2 … neurons."""
-    order = eliminate(moments, how.ridge, least=0)
-    loss = [order.error(width) for width in range(dense.neurons + 1)]
-    found = []
-    for share in MEASURED_SHARES:
-        width = round(share * dense.neurons)
-        kept = order.kept(width)
-        found.append((width, kept, solve(moments, kept, how.ridge) if width else torch.empty(0)))
-    return found, loss
+    widths = [round(share * dense.neurons) for share in MEASURED_SHARES]
+    found = eliminate(moments, how.ridge, widths=widths)
+    loss = [found.error(width) for width in range(dense.neurons + 1)]
+    return [(width, found.kept(width), found.weights[width]) for width in widths], loss

@@ -20,16 +20,8 @@ from pathlib import Path
 import torch
 
 from edgeprune.blocks import HALVES, Block, Half, LayeredModel, projection_role
-from edgeprune.compensation import (
-    Moments,
-    add_moments,
-    choose_heads,
-    eliminate,
-    mirrored,
-    rows_of,
-    solve,
-    token_weights,
-)
+from edgeprune.compensation import Moments, add_moments, mirrored, solve, token_weights
+from edgeprune.elimination import choose_heads, eliminate, rows_of
 from edgeprune.errors import BadInput
 from edgeprune.plan import LayerPlan
 from edgeprune.shape import LayerShape
@@ -123,7 +115,7 @@ def run_half(
     outputs, inputs = projection.weight.shape
     gram = cross = torch.empty(0)
     if how:
-        gram, cross = torch.zeros(inputs, inputs), torch.zeros(inputs, outputs)
+        gram, cross = torch.zeros(inputs, inputs), torch.zeros(inputs, outputs if how.stream else 0)
     scale = 0.0
     for part in chunks(*streams.dense.shape[:2]):
         own = block.inner(half, read.dense[part])
@@ -137,19 +129,17 @@ def run_half(
             continue
         weights = _weights(streams.dense[part], said, added) if how.weighted else torch.ones(said.shape[:2])
         scale += float((weights * streams.dense[part].square().sum(-1)).sum())
-        target = said if block.normed_output else said + before - streams.pruned[part]
-        if projection.bias is not None:
-            target = target - projection.bias.float()
         x = own.float().flatten(0, 1)
         weighted = x * weights.flatten()[:, None]
         add_moments(gram, weighted, x, symmetric=True)
-        add_moments(cross, weighted, target.flatten(0, 1))
+        if how.stream:
+            target = said if block.normed_output else said + before - streams.pruned[part]
+            if projection.bias is not None:
+                target = target - projection.bias.float()
+            add_moments(cross, weighted, target.flatten(0, 1))
     if how is None:
         return None
-    whole = mirrored(gram).double()
-    weight = projection.weight.T.double()
-    own = whole @ weight if how.stream < 1 else torch.zeros(())
-    return Moments(whole, how.stream * cross.double() + (1 - how.stream) * own, weight, scale)
+    return Moments(mirrored(gram), cross, projection.weight.T, scale, own=1 - how.stream)
 
 
 def _weights(residual: torch.Tensor, said: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
@@ -210,9 +200,11 @@ def prune_layer(
             continue
         kept, weight = None, projection.weight
         if moments is not None:
-            plan = _chosen(plan, half, moments, dense, left, choice, head_dim, how, what)
+            plan, weight = _chosen(plan, half, moments, dense, left, choice, head_dim, how, what)
+            del moments  # the largest of all
             kept = torch.tensor(plan.neurons) if half == "mlp" else rows_of(plan.heads, head_dim)
-            weight = solve(moments, kept, how.ridge, what=what) if how.solved else weight[:, kept].float()
+            if not how.solved:
+                weight = projection.weight[:, kept].float()
             tensors[projection_role(half)] = weight
         apply_half(block, half, streams, inner, kept, weight)
     return PrunedLayer(plan, tensors, _distance(streams))
@@ -228,17 +220,19 @@ def _chosen(
     head_dim: int,
     how: Compensation,
     what: str,
-) -> LayerPlan:
-    """`plan` with what a half keeps."""
+) -> tuple[LayerPlan, torch.Tensor]:
+    """`plan` with what a half keeps, and the compensated weights of its projection."""
     if isinstance(choice, LayerPlan):
         if half == "mlp":
-            return replace(plan, neurons=choice.neurons)
-        return replace(plan, heads=choice.heads, kv_heads=choice.kv_heads)
+            plan, kept = replace(plan, neurons=choice.neurons), torch.tensor(choice.neurons)
+        else:
+            plan, kept = replace(plan, heads=choice.heads, kv_heads=choice.kv_heads), rows_of(choice.heads, head_dim)
+        return plan, solve(moments, kept, how.ridge, what=what)
     if half == "mlp":
-        kept = eliminate(moments, how.ridge, least=left.neurons, what=what).kept(left.neurons)
-        return replace(plan, neurons=tuple(kept.tolist()))
-    kv_heads, heads, _ = choose_heads(moments, dense, left, head_dim, how.ridge, what=what)
-    return replace(plan, heads=heads, kv_heads=kv_heads)
+        found = eliminate(moments, how.ridge, widths=[left.neurons], what=what)
+        return replace(plan, neurons=tuple(found.kept(left.neurons).tolist())), found.weights[left.neurons]
+    heads = choose_heads(moments, dense, left, head_dim, how.ridge, what=what)
+    return replace(plan, heads=heads.heads, kv_heads=heads.kv_heads), heads.weights
 
 
 def _distance(streams: Streams) -> float:

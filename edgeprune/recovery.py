@@ -26,8 +26,8 @@ from edgeprune.files import atomic_folder, cache_dir, write_json
 from edgeprune.losses import TopK
 from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
-from edgeprune.recovery_state import Held, State, restore, save
 from edgeprune.recovery_inputs import check_length, own_text, same_vocabulary, shared_tokenizer
+from edgeprune.recovery_state import Held, State, restore, save
 from edgeprune.runtimes.pytorch import load_model
 from edgeprune.teacher import TeacherCache
 from edgeprune.trainee import Trainee

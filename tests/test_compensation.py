@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +14,11 @@ from hypothesis import strategies as st
 from edgeprune.compensation import (
     Moments,
     add_moments,
-    choose_heads,
-    eliminate,
-    errors_of,
     mirrored,
-    rows_of,
     solve,
     token_weights,
 )
+from edgeprune.elimination import choose_heads, eliminate, rows_of
 from edgeprune.errors import StageFailed
 from edgeprune.shape import LayerShape
 
@@ -46,6 +45,18 @@ def damped_loss(
     return float((target - x[:, kept] @ weight).square().sum() + pull.sum())
 
 
+def errors_of(moments: Moments, choices: Sequence[torch.Tensor]) -> list[float]:
+    """What keeping only each of `choices` loses against keeping everything, by the gain of each least squares."""
+
+    def gain(kept: torch.Tensor) -> float:
+        gram = moments.gram[kept][:, kept] + torch.diag(moments.damping(RIDGE)[kept])
+        cross = moments.damped_cross(RIDGE, kept)
+        return float((cross * torch.linalg.solve(gram, cross)).sum())
+
+    full = gain(torch.arange(len(moments.gram)))
+    return [(full - gain(kept)) / moments.scale for kept in choices]
+
+
 def test_solution_is_the_ridge_regression() -> None:
     moments, x, target = correlated(12, 5)
     kept = torch.tensor([0, 3, 4, 7, 8, 11])
@@ -56,9 +67,22 @@ def test_solution_is_the_ridge_regression() -> None:
     torch.testing.assert_close(solve(moments, kept, RIDGE), expected, rtol=1e-4, atol=1e-4)
 
 
+@given(st.integers(0, 1000), st.floats(0.0, 1.0), st.sets(st.integers(0, 11), min_size=1))
+@settings(max_examples=25, deadline=None)
+def test_the_projections_own_output_may_be_a_share_of_the_target(seed: int, share: float, left: set[int]) -> None:
+    moments, _, _ = correlated(12, 3, seed=seed)
+    mixed = (1 - share) * moments.cross + share * moments.gram @ moments.weight
+    literal, kept = replace(moments, cross=mixed), torch.tensor(sorted(left))
+    shared = replace(moments, own=share)
+    torch.testing.assert_close(solve(shared, kept, RIDGE), solve(literal, kept, RIDGE), rtol=1e-4, atol=1e-4)
+    widths = [len(left)]
+    found, expected = (eliminate(each, RIDGE, widths=widths, step=1) for each in (shared, literal))
+    assert found.error(len(left)) == pytest.approx(expected.error(len(left)), rel=1e-6, abs=1e-12)
+
+
 def test_all_inputs_with_their_own_output_as_target_keep_their_weights() -> None:
     moments, _, _ = correlated(10, 4)
-    own = Moments(moments.gram, moments.gram @ moments.weight, moments.weight, moments.scale)
+    own = replace(moments, cross=torch.empty(10, 0), own=1.0)
     torch.testing.assert_close(solve(own, torch.arange(10), RIDGE), moments.weight.T.float())
 
 
@@ -66,7 +90,7 @@ def test_all_inputs_with_their_own_output_as_target_keep_their_weights() -> None
 @settings(max_examples=25, deadline=None)
 def test_elimination_tells_the_loss_of_what_it_keeps(seed: int, least: int, step: int) -> None:
     moments, x, target = correlated(12, 3, seed=seed)
-    found = eliminate(moments, RIDGE, least=least, step=step)
+    found = eliminate(moments, RIDGE, widths=range(least, 12), step=step)
     assert sorted(found.order.tolist()) == sorted(set(found.order.tolist()))
     every = torch.arange(12)
     full = damped_loss(moments, x, target, every, solve(moments, every, RIDGE).T.double())
@@ -80,20 +104,19 @@ def test_elimination_tells_the_loss_of_what_it_keeps(seed: int, least: int, step
             gone = torch.tensor([i for i in range(12) if i not in kept.tolist()])
             pull = float((moments.damping(RIDGE)[gone, None] * moments.weight[gone].square()).sum())
             assert found.error(width) == pytest.approx((lost + pull - full) / moments.scale, rel=1e-3, abs=1e-7)
-            assert found.error(width) == pytest.approx(
-                errors_of(moments, [kept], RIDGE, what="a test")[0], rel=1e-6, abs=1e-9
-            )
+            assert found.error(width) == pytest.approx(errors_of(moments, [kept])[0], rel=1e-6, abs=1e-9)
+            torch.testing.assert_close(found.weights[width], solve(moments, kept, RIDGE), rtol=1e-4, atol=1e-4)
         assert found.error(width) >= previous
         previous = found.error(width)
 
 
 def test_elimination_one_by_one_takes_the_cheapest_each_time() -> None:
     moments, _, _ = correlated(8, 3, seed=5)
-    found = eliminate(moments, RIDGE, least=3, step=1)
+    found = eliminate(moments, RIDGE, widths=[3], step=1)
     left = list(range(8))
     for gone in found.order.tolist():
         choices = [[i for i in left if i != j] for j in left]
-        errors = errors_of(moments, [torch.tensor(choice) for choice in choices], RIDGE, what="a test")
+        errors = errors_of(moments, [torch.tensor(choice) for choice in choices])
         assert left[min(range(len(left)), key=errors.__getitem__)] == gone
         left.remove(gone)
 
@@ -102,24 +125,28 @@ def test_elimination_one_by_one_takes_the_cheapest_each_time() -> None:
 def test_heads_are_the_best_of_all_that_grouped_attention_allows(heads: int, kv_heads: int) -> None:
     dense, head_dim = LayerShape(6, 3, 1), 4
     moments, _, _ = correlated(24, 5, seed=2)
-    groups, kept, error = choose_heads(moments, dense, LayerShape(heads, kv_heads, 1), head_dim, RIDGE)
+    found = choose_heads(moments, dense, LayerShape(heads, kv_heads, 1), head_dim, RIDGE)
     allowed = [
         choice
         for choice in itertools.combinations(range(6), heads)
         if len({h // 2 for h in choice}) == kv_heads
         and len({[h // 2 for h in choice].count(h // 2) for h in choice}) == 1
     ]
-    errors = errors_of(moments, [rows_of(choice, head_dim) for choice in allowed], RIDGE, what="a test")
-    assert error == pytest.approx(min(errors))
-    assert kept in allowed and groups == tuple(sorted({h // 2 for h in kept}))
+    errors = errors_of(moments, [rows_of(choice, head_dim) for choice in allowed])
+    assert found.loss == pytest.approx(min(errors), abs=1e-12)
+    assert found.heads in allowed and found.kv_heads == tuple(sorted({h // 2 for h in found.heads}))
+    kept = rows_of(found.heads, head_dim)
+    torch.testing.assert_close(found.weights, solve(moments, kept, RIDGE), rtol=1e-4, atol=1e-4)
 
 
 def test_many_heads_leave_greedily_and_evenly() -> None:
     dense, head_dim = LayerShape(16, 8, 1), 2
     moments, _, _ = correlated(32, 4, seed=3)
-    groups, kept, error = choose_heads(moments, dense, LayerShape(5, 5, 1), head_dim, RIDGE)
-    assert len(groups) == 5 and [h // 2 for h in kept] == list(groups)
-    assert error == pytest.approx(errors_of(moments, [rows_of(kept, head_dim)], RIDGE, what="a test")[0])
+    found = choose_heads(moments, dense, LayerShape(5, 5, 1), head_dim, RIDGE)
+    assert len(found.kv_heads) == 5 and [h // 2 for h in found.heads] == list(found.kv_heads)
+    kept = rows_of(found.heads, head_dim)
+    assert found.loss == pytest.approx(errors_of(moments, [kept])[0])
+    torch.testing.assert_close(found.weights, solve(moments, kept, RIDGE), rtol=1e-4, atol=1e-4)
 
 
 def test_moments_that_determine_nothing_are_told() -> None:

@@ -256,9 +256,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(student: Path, make_llama: M
         run(student, renamed, tmp_path / "out")
 
 
-def test_a_student_without_some_tokens_learns_from_the_teacher_without_them(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_a_student_without_some_tokens_learns_from_the_teacher_without_them(tiny_folder: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(TEXT), encoding="utf-8")
     before = Checkpoint(tiny_folder).shape.vocab
