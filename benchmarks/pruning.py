@@ -117,16 +117,16 @@ class Harness:
     keep: bool = False
     failed: int = 0  # cells
 
-    def depends_on(self, column: str) -> dict[str, Any]:
+    def depends_on(self, method: str, column: str) -> dict[str, Any]:
         """The settings of a cell, as it records them."""
-        return {**self.settings.of(column), "calibration": self.texts_hash}
+        return self.settings.of(column) | ({} if method == "dense" else {"calibration": self.texts_hash})
 
     def finished(self, row: dict[str, Any], column: str) -> bool:
         """Whether a cell is there, whole, under the settings of this run."""
         cell = row["cells"].get(column)
-        return (
-            not self.again and cell is not None and "error" not in cell and cell["settings"] == self.depends_on(column)
-        )
+        if self.again or cell is None or "error" in cell:
+            return False
+        return bool(cell["settings"] == self.depends_on(row["method"], column))
 
     def run(self, method: str, ratio: float, columns: list[str]) -> None:
         """Measure the cells of a row that are not there yet, and save after each."""
@@ -156,7 +156,7 @@ class Harness:
             cell = {"error": str(error) or type(error).__name__}
             self.failed += 1
         facts = {
-            "settings": self.depends_on(column),
+            "settings": self.depends_on(row["method"], column),
             "version": version(),
             "at": datetime.now(UTC).isoformat("T", "seconds"),
         }
@@ -268,7 +268,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--columns", nargs="+", default=list(COLUMNS), metavar="COLUMN", help=", ".join((*COLUMNS, *TASKS))
     )
     parser.add_argument("--limit", type=int, default=1000, help="items of a task; 0 for all")
-    parser.add_argument("--texts", type=int, default=64, help="calibration texts")
+    parser.add_argument("--texts", type=int, default=256, help="calibration texts")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--windows", type=int, default=40, help="windows of 512 tokens of the test text")
     parser.add_argument(

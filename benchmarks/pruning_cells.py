@@ -37,7 +37,7 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the figures depend on beside the method and the ratio."""
+    """What the figures depend on beside the method, the ratio and the calibration text itself."""
 
     texts: int  # calibration texts
     length: int  # tokens of each
@@ -49,7 +49,7 @@ class Settings:
 
     def of(self, column: str) -> dict[str, Any]:
         """Those that a column depends on: a finished cell is measured again when one of them changed."""
-        known = {"texts": self.texts, "length": self.length}
+        known: dict[str, Any] = {}
         if column == "quality":
             known |= {"windows": self.windows, "dtype": self.dtype}
         elif column == "shipped":

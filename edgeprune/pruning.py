@@ -39,7 +39,7 @@ from edgeprune.vocabulary_damage import VocabularyOption, measure_vocabulary, wi
 # AMP calibrates on 50 instruction prompts. Least squares wants more: twice the text took the KL of 10 % pruned neurons
 # from 0.248 to 0.217 (32k to 65k tokens, SmolLM2-135M).
 CALIBRATION_TEXTS = 128  # that the model writes: two minutes on 2 cores
-GIVEN_TEXTS = 256  # of a file or data set, which cost nothing to write
+GIVEN_TEXTS = 512  # of a file or data set, which cost nothing to write
 CALIBRATION_LENGTH = 256
 WINDOW = 512  # tokens; the calibration texts are packed into such windows for compensation
 _LEAST_WINDOWS = 8
