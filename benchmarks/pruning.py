@@ -81,10 +81,10 @@ class Record:
         """
         record = cls(path, {**header, "rows": []})
         if path.exists():
-            record.value = read_json(path)
-            same = (record.value.get("schema_version"), record.value.get("model_sha256")) == (SCHEMA, model_hash)
-            if not same:
+            old = read_json(path)
+            if (old.get("schema_version"), old.get("model_sha256")) != (SCHEMA, model_hash):
                 raise BadInput("a record of another model or version", where=path, remedy="choose another --out")
+            record.value["rows"] = old["rows"]  # each cell has the settings that it was measured under
         return record
 
     def row(self, method: str, ratio: float) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def prune(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in Hugging Face format.")],
     method: Annotated[
         str,
-        typer.Option("--method", help="obs: measured damage and least squares; amp: the paper's; random, reversed."),
+        typer.Option(
+            "--method", help="obs: measured damage and least squares; amp: the paper's; energy, random, reversed."
+        ),
     ] = "obs",
     uniform: Annotated[
         bool, typer.Option("--uniform", help="The same widths in every layer: stock transformers loads the result.")

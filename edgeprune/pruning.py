@@ -21,6 +21,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.compensated import Origin, prune_compensated
 from edgeprune.damage import SCHEMA_VERSION as DAMAGE_SCHEMA
 from edgeprune.damage import DamageTable, measure_damage
+from edgeprune.energy import energy_scores
 from edgeprune.errors import BadInput, NothingFits, unknown
 from edgeprune.files import cache_dir
 from edgeprune.importance import Scores, amp_scores, random_scores, reversed_scores
@@ -50,13 +51,14 @@ COMPENSATION = Compensation()
 
 Progress = Callable[[str, int, int], None]
 
-# Scores of AMP and its controls, which need no compensation.
+# Methods by scores, AMP's or the energies, which need no compensation: from those scores to the method's own.
 METHODS: dict[str, Callable[[Scores, int], Scores]] = {
     "amp": lambda scores, _seed: scores,
+    "energy": lambda scores, _seed: scores,
     "random": random_scores,
     "reversed": lambda scores, _seed: reversed_scores(scores),
 }
-AMP = "amp"
+AMP, ENERGY = "amp", "energy"
 PRUNERS = (OBS, *METHODS)
 
 
@@ -64,13 +66,18 @@ def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] |
     return None if progress is None else lambda done, total: progress(name, done, total)
 
 
-def cached_scores(model: Model, texts: TextSet, *, progress: Progress | None = None) -> Scores:
-    """AMP scores of `model` on `texts`, computed once for each pair of model and text."""
-    key = hashlib.sha256(json.dumps(["amp", model.hash, texts.hash]).encode()).hexdigest()[:24]
+def cached_scores(model: Model, texts: TextSet, kind: str = AMP, *, progress: Progress | None = None) -> Scores:
+    """Scores of `model` on `texts`, AMP's or the energies, computed once for each pair of model and text."""
+    key = hashlib.sha256(json.dumps([kind, model.hash, texts.hash]).encode()).hexdigest()[:24]
     folder = cache_dir() / "scores" / key
     if (folder / "scores.json").exists():
         return Scores.load(folder)
-    scores = amp_scores(model, texts.ids, progress=_stage(progress, "scoring heads and neurons"))
+    stage = _stage(progress, "scoring heads and neurons")
+    if kind == ENERGY:
+        layered = LayeredModel(Checkpoint(model.folder), dtype=fast_dtype())
+        scores = energy_scores(layered, windows_of(texts), model_hash=model.hash, progress=stage)
+    else:
+        scores = amp_scores(model, texts.ids, progress=stage)
     scores.save(folder)
     return scores
 
@@ -188,7 +195,8 @@ def prune(
         ratio: share of all parameters to remove, in [0, 1).
         out: the folder to write.
         method: "obs": the widths of every layer from the measured damage table, heads and neurons by Optimal Brain
-            Surgeon, weights by least squares. "amp": the paper's method alone; "random" and "reversed": its controls.
+            Surgeon, weights by least squares. "amp": the paper's method alone; "random" and "reversed": its controls;
+            "energy": the same by activation energy with weighted tokens.
         uniform: "obs" gives all layers the same widths, so that stock transformers loads the result. The others always
             do.
         align: neurons kept in a layer are a multiple of this (32 suits Q4_0 and Q8_0, 256 the K types).
@@ -229,7 +237,7 @@ def prune(
     if method == OBS:
         paths = [Path(path).expanduser() for path in corpus]
         return _prune_by_damage(model, texts, ratio, out, paths, align=align, uniform=uniform, progress=progress)
-    scores = METHODS[method](cached_scores(model, texts, progress=progress), seed)
+    scores = METHODS[method](cached_scores(model, texts, ENERGY if method == ENERGY else AMP, progress=progress), seed)
     plan = plan_for(model.shape, scores, ratio, align=align, scope=scope)
     prune_checkpoint(model.folder, plan, out, progress=_stage(progress, "writing the checkpoint"))
     return plan

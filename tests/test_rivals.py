@@ -325,7 +325,7 @@ def test_the_curve_of_quantisation_keeps_what_nothing_smaller_beats():
     assert best_curve({"rows": rows}) == [(1.0, 0.5), (3.0, 0.2)]
 
 
-@pytest.mark.parametrize("method", ["amp-unweighted", "amp-solved", "amp-chosen"])
+@pytest.mark.parametrize("method", ["energy", "amp-unweighted", "amp-solved", "amp-chosen"])
 def test_our_steps_on_amp_keep_its_widths(method: str, dense: Path, texts: TextSet, tmp_path: Path) -> None:
     wanted = Checkpoint(METHODS["amp"].prune(dense, 0.2, texts, tmp_path / "amp")).shape
     assert Checkpoint(METHODS[method].prune(dense, 0.2, texts, tmp_path / "step")).shape == wanted

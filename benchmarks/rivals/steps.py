@@ -15,13 +15,21 @@ from edgeprune.importance import amp_scores
 from edgeprune.layerwise import Compensation
 from edgeprune.models import load
 from edgeprune.plan import LayerPlan
-from edgeprune.pruning import COMPENSATION, METHODS, plan_for, windows_of
+from edgeprune.pruning import COMPENSATION, ENERGY, METHODS, cached_scores, plan_for, windows_of
 from edgeprune.pruning import prune as prune_with
 from edgeprune.recovery import recover
 from edgeprune.shape import LayerShape
+from edgeprune.surgery import prune_checkpoint
 from rivals import ALIGN, amp
 
 TEXTS = ("c4/c4.txt", "wikipedia/wikipedia.txt")
+
+
+def energy(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
+    """AMP's widths, with heads and neurons by activation energy, tokens weighed; weights as they were."""
+    model = load(folder)
+    plan = plan_for(model.shape, cached_scores(model, calibration, ENERGY), ratio, align=ALIGN)
+    return prune_checkpoint(folder, plan, out)
 
 
 def amp_solved(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
@@ -101,6 +109,7 @@ def recovered(minutes: float, method: Literal["distil", "lora"], before: Any) ->
 
 
 ROWS = {
+    "energy": (energy, "activation energy", "widths AMP's; tokens weighed by 1/RMS²; nothing compensated"),
     "amp-unweighted": (amp_unweighted, "AMP + least squares, tokens alike", "heads and neurons AMP's"),
     "amp-solved": (amp_solved, "AMP + least squares", "heads and neurons AMP's; tokens weighed by 1/RMS²"),
     "amp-chosen": (amp_chosen, "+ heads and neurons by elimination", "widths AMP's"),
