@@ -21,7 +21,7 @@ from edgeprune.compensation import Moments
 from edgeprune.elimination import choose_heads, eliminate, rows_of
 from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_json
-from edgeprune.layerwise import Compensation, Streams, run_half
+from edgeprune.layerwise import Compensation, Streams, after_half, run_half
 from edgeprune.plan import head_options
 from edgeprune.shape import LayerShape
 
@@ -175,27 +175,23 @@ def measure_damage(
             return [reference.divergence(head, end.flatten(0, 1)) for end in ends]
 
         before = Streams(streams.dense.clone(), streams.dense) if block.family.parallel else streams
-        read = residual
-        moved: dict[Half, torch.Tensor] = {}
+        began = residual
         for half in HALVES:
             moments = _dense_moments(block, half, streams, before, how)
-            inner = block.inner(half, read)
+            inner = block.inner(half, began if block.family.parallel else residual)
             if half == "attention":
                 heads = _head_choices(moments, dense, model.shape.head_dim, how)
-                first = [_moved(block, half, residual, inner, kept, weight) for _, kept, weight in heads]
-                ends = judge([_rest_of_layer(block, x, residual) for x in first])
+                first = [_narrowed(block, half, residual, inner, kept, weight) for _, kept, weight in heads]
+                ends = judge([_past_mlp(block, x, began) for x in first])
                 options = [HeadOption(o.heads, o.kv_heads, kl) for (o, _, _), kl in zip(heads, ends, strict=True)]
                 attention.append((HeadOption(dense.heads, dense.kv_heads, 0.0), *options))
             else:
                 widths, loss = _width_choices(moments, dense, how)
-                ends = judge([_moved(block, half, moved["attention"], inner, kept, w) for _, kept, w in widths])
+                ends = judge([_narrowed(block, half, residual, inner, kept, weight) for _, kept, weight in widths])
                 found = [WidthOption(n, kl, loss[n]) for (n, _, _), kl in zip(widths, ends, strict=True)]
                 mlp.append((WidthOption(dense.neurons, 0.0, 0.0), *found))
                 losses.append(tuple(loss))
-            start = residual if half == "attention" else moved["attention"]
-            moved[half] = start + block.added(half, block.projection(half)(inner).float())
-            read = residual if block.family.parallel else moved[half]
-        residual = moved["mlp"]
+            residual = after_half(block, half, residual, inner)
         if progress:
             progress(index + 1, len(blocks))
     return DamageTable(tuple(attention), tuple(mlp), tuple(losses), model_hash, text_hash)
@@ -208,19 +204,16 @@ def _dense_moments(block: Block, half: Half, streams: Streams, read: Streams, ho
     return moments
 
 
-def _moved(
+def _narrowed(
     block: Block, half: Half, residual: torch.Tensor, inner: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    if not len(kept):
-        return residual
-    said = (inner[..., kept] @ weight.to(inner.dtype).T).float()
-    bias = block.projection(half).bias
-    return residual + block.added(half, said if bias is None else said + bias.float())
+    """The residual stream past a half that keeps the inputs `kept`; past one that is absent if there are none."""
+    return after_half(block, half, residual, inner, kept, weight) if len(kept) else residual
 
 
-def _rest_of_layer(block: Block, after_attention: torch.Tensor, began: torch.Tensor) -> torch.Tensor:
-    inner = block.inner("mlp", began if block.family.parallel else after_attention)
-    return after_attention + block.added("mlp", block.projection("mlp")(inner).float())
+def _past_mlp(block: Block, residual: torch.Tensor, began: torch.Tensor) -> torch.Tensor:
+    inner = block.inner("mlp", began if block.family.parallel else residual)
+    return after_half(block, "mlp", residual, inner)
 
 
 def _through(blocks: Sequence[Block], residual: torch.Tensor) -> torch.Tensor:
@@ -228,10 +221,7 @@ def _through(blocks: Sequence[Block], residual: torch.Tensor) -> torch.Tensor:
     ends = []
     for part in torch.split(residual, max(1, 2048 // residual.shape[1])):
         for block in blocks:
-            middle = part + block.added(
-                "attention", block.projection("attention")(block.inner("attention", part)).float()
-            )
-            part = _rest_of_layer(block, middle, part)
+            part = _past_mlp(block, after_half(block, "attention", part, block.inner("attention", part)), part)
         ends.append(part)
     return torch.cat(ends)
 

@@ -151,18 +151,26 @@ def _weights(residual: torch.Tensor, said: torch.Tensor, added: torch.Tensor) ->
     return gain / residual.square().mean(-1).clamp_min(1e-30)
 
 
-def apply_half(
-    block: Block, half: Half, streams: Streams, inner: torch.Tensor, kept: torch.Tensor | None, weight: torch.Tensor
-) -> None:
-    """Move the pruned stream past a half whose projection keeps the inputs `kept` (None: all) with `weight`."""
-    bias = block.projection(half).bias
-    matrix = weight.to(inner.dtype)
-    for part in chunks(*streams.pruned.shape[:2]):
-        x = inner[part] if kept is None else inner[part][..., kept]
-        said = (x @ matrix.T).float()
-        if bias is not None:
-            said = said + bias.float()
-        streams.pruned[part] += block.added(half, said)
+def after_half(
+    block: Block,
+    half: Half,
+    residual: torch.Tensor,
+    inner: torch.Tensor,
+    kept: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The residual stream past a half, (windows, length, hidden).
+
+    Args:
+        residual: what the half adds to.
+        inner: its projection's input, all of it, (windows, length, inputs).
+        kept: the inputs that the projection keeps; None: all.
+        weight: the weights that it has for them, (outputs, kept); None: its own.
+    """
+    projection = block.projection(half)
+    weight = projection.weight if weight is None else weight
+    said = ((inner if kept is None else inner[..., kept]) @ weight.to(inner.dtype).T).float()
+    return residual + block.added(half, said if projection.bias is None else said + projection.bias.float())
 
 
 @torch.inference_mode()
@@ -198,7 +206,7 @@ def prune_layer(
         if gone:
             plan = replace(plan, **({"neurons": ()} if half == "mlp" else {"heads": (), "kv_heads": ()}))
             continue
-        kept, weight = None, projection.weight
+        kept = weight = None
         if moments is not None:
             plan, weight = _chosen(plan, half, moments, dense, left, choice, head_dim, how, what)
             del moments  # the largest of all
@@ -206,7 +214,8 @@ def prune_layer(
             if not how.solved:
                 weight = projection.weight[:, kept].float()
             tensors[projection_role(half)] = weight
-        apply_half(block, half, streams, inner, kept, weight)
+        for part in chunks(*streams.pruned.shape[:2]):
+            streams.pruned[part] = after_half(block, half, streams.pruned[part], inner[part], kept, weight)
     return PrunedLayer(plan, tensors, _distance(streams))
 
 
