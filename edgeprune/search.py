@@ -26,6 +26,9 @@ from edgeprune.targets import Target
 Array = NDArray[np.float64]
 
 METHOD = "obs"
+# Nats a token from which on a model says something else than the dense one two times out of three: nobody ships that,
+# and to make it takes minutes.
+HOPELESS = 1.5
 _ROUNDS = 6  # the plan is checked whole; each round takes what it was over off the limit
 
 
@@ -192,7 +195,7 @@ def worth_making(
 
     Args:
         rounding: name of a target -> measured KL that its rounding alone costs the dense model, nats per token.
-        limit: at most so many, but the best of each runtime is among them.
+        limit: at most so many, but the best of each runtime is among them where it is any good (`HOPELESS`).
         best_dense: measured KL of the best dense candidate that fits; what is expected to be worse cannot win.
     """
 
@@ -203,5 +206,7 @@ def worth_making(
     ordered = sorted((c for c in pruned if expected(c) < best_dense), key=expected)
     chosen = ordered[:limit]
     for runtime in {c.target.runtime for c in ordered} - {c.target.runtime for c in chosen}:
-        chosen.append(next(c for c in ordered if c.target.runtime == runtime))
+        best = next(c for c in ordered if c.target.runtime == runtime)
+        if expected(best) < HOPELESS:
+            chosen.append(best)
     return chosen

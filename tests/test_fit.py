@@ -15,20 +15,21 @@ import pytest
 from conftest import SENTENCES
 
 import edgeprune
-from edgeprune.candidates import candidates_for, nearest_miss, worth_measuring
+from edgeprune.candidates import Candidate, candidate_of, candidates_for, nearest_miss, worth_measuring
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.cost import judge
 from edgeprune.devices import Budget, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.fitting import FitResult, choose, fit
 from edgeprune.metrics import mean_interval
-from edgeprune.plan import PrunePlan, Scope
+from edgeprune.plan import PrunePlan, Scope, WidthPlan
 from edgeprune.proposal import propose
 from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
 from edgeprune.reference import MeasuredOn
 from edgeprune.report import pareto_front
 from edgeprune.rounds import judge_measured
+from edgeprune.search import worth_making
 from edgeprune.targets import default_targets, target_for
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -293,6 +294,22 @@ def test_dense_is_measured_for_comparison_where_it_fits_nowhere(wide: Path) -> N
     *fitting, dense = proposal.to_measure
     assert fitting and all(c.fits and not c.dense for c in fitting)
     assert dense.dense and not dense.fits
+
+
+def test_plans_are_made_where_the_least_is_to_be_lost(tiny_folder: Path) -> None:
+    shape, profile = Checkpoint(tiny_folder).shape, load_profile("rpi5")
+
+    def of(target: str, damage: float) -> Candidate:
+        plan = WidthPlan(shape.layers, "obs", 0.2, 0.2, damage)
+        return candidate_of(plan, shape, target_for(target), profile, Budget(context=64))
+
+    good, fair, bad, useless = of("Q8_0", 0.1), of("Q4_0", 0.1), of("Q6_K", 0.9), of("int8", 2.0)
+    rounding = {str(c.target): kl for c, kl in ((good, 0.0), (fair, 0.2), (bad, 0.0), (useless, 0.0))}
+    assert worth_making([bad, fair, good, useless], rounding, 2) == [good, fair]
+    other = of("int8", 0.5)
+    assert worth_making([bad, fair, good, other], rounding, 2) == [good, fair, other]  # an app may need that runtime
+    assert worth_making([bad, fair, good, other], rounding, 2, best_dense=0.2) == [good]
+    assert worth_making([useless], rounding, 2) == [useless]  # there is nothing else
 
 
 def test_where_the_device_is_at_hand_doubt_is_measured(wide: Path) -> None:
