@@ -27,7 +27,7 @@ from edgeprune.cli_recover import recover as command
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.losses import Mix
 from edgeprune.packing import Windows, hold_out, order, pack
-from edgeprune.plan import uniform_plan
+from edgeprune.plan import LayerPlan, PrunePlan, uniform_plan
 from edgeprune.recipe import RECIPES, Recipe
 from edgeprune.recovery import recover
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
@@ -254,6 +254,19 @@ def test_a_teacher_of_another_vocabulary_is_refused(student: Path, make_llama: M
     (renamed / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(BadInput, match="another vocabulary"):
         run(student, renamed, tmp_path / "out")
+
+
+def test_layers_of_different_widths_learn_and_stay_as_they_are(tiny_folder: Path, tmp_path: Path) -> None:
+    shape = Checkpoint(tiny_folder).shape
+    some = LayerPlan((0, 2), (0, 1, 4, 5), tuple(range(0, 128, 2)))
+    layers = (some, replace(some, neurons=()), LayerPlan((0, 1, 2, 3), tuple(range(8)), tuple(range(32, 128))))
+    plan = PrunePlan(layers, "test", 0.2, 0.2, "m", "t")
+    ragged = prune_checkpoint(tiny_folder, plan, tmp_path / "ragged")
+    result = run(ragged, tiny_folder, tmp_path / "out")
+    assert result.after.kl < 0.8 * result.before.kl
+    assert Checkpoint(result.out).shape.layers == plan.shape_after(shape).layers
+    with torch.inference_mode():
+        assert load_model(result.out)(torch.arange(1, 40)[None]).logits.isfinite().all()
 
 
 def test_a_student_without_some_tokens_learns_from_the_teacher_without_them(tiny_folder: Path, tmp_path: Path) -> None:
