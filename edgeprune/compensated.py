@@ -168,16 +168,17 @@ class _Work:
         """Name of a tensor -> its new weights, read from the folder one layer at a time."""
         family = model.family
         places = {
-            f"{family.in_layer(index, role)}.weight": (index, role)
+            f"{family.in_layer(index, role)}.{kind}": (index, role if kind == "weight" else f"{role}.{kind}")
             for index in range(len(model.shape.layers))
             for role in ("output", "down")
+            for kind in ("weight", "bias")
         }
 
         def find(name: str) -> NDArray[np.float32] | None:
             if name not in places:
                 return None
-            index, role = places[name]
-            tensor = load_file(self._layer(index)[1]).get(role)
+            index, key = places[name]
+            tensor = load_file(self._layer(index)[1]).get(key)
             return None if tensor is None else tensor.numpy()
 
         return find

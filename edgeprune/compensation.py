@@ -79,6 +79,8 @@ class Moments:
         cross: (inputs, outputs).
         weight: (inputs, outputs), the dense weights, transposed to a row an input.
         scale: what losses are told in units of, e.g. the weighted energy of the residual stream.
+        constant: whether the last input is the constant 1, whose weights are the bias: it always stays, and takes over
+            the means of what goes (as FLAP does, arXiv 2312.11983; here with all else in one solution).
         own: share of the target that is what the projection says itself of these inputs, W₀ᵀ x, beside that in `cross`.
             Where it is all of it, `cross` is not read.
     """
@@ -88,6 +90,12 @@ class Moments:
     weight: torch.Tensor
     scale: float
     own: float = 0.0
+    constant: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs can go."""
+        return len(self.gram) - self.constant
 
     def damping(self, ridge: float) -> torch.Tensor:
         """The diagonal of Λ, (inputs,)."""
@@ -141,9 +149,13 @@ def factored(matrix: torch.Tensor, what: str) -> torch.Tensor:
 def solve(moments: Moments, kept: torch.Tensor, ridge: float, *, what: str = "a projection") -> torch.Tensor:
     """The best weights of a projection that keeps the inputs `kept`: (outputs, len(kept)), float32.
 
+    Where the last input is the constant, it stays too: its weights are one column more, the bias.
+
     Raises:
         StageFailed: see `factored`.
     """
+    if moments.constant:
+        kept = torch.cat([kept, torch.tensor([moments.inputs])])
     gram = moments.gram[kept][:, kept].double()
     gram.diagonal().add_(moments.damping(ridge)[kept])
     return torch.cholesky_solve(moments.damped_cross(ridge, kept), factored(gram, what)).T.float().contiguous()

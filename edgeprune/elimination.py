@@ -42,7 +42,8 @@ class Surgeon:
         self._solution = moments.solved_with(self._inverse, ridge)
         self._scale = moments.scale
         self._lost = 0.0
-        self.alive = torch.ones(len(self._inverse), dtype=torch.bool)
+        self._inputs = moments.inputs
+        self.alive = torch.ones(len(self._inverse), dtype=torch.bool)  # the constant, which never goes, included
 
     @property
     def lost(self) -> float:
@@ -51,7 +52,8 @@ class Surgeon:
 
     def saliencies(self) -> torch.Tensor:
         """What dropping each input alone would cost, (inputs,); inf for one that is gone."""
-        return torch.where(self.alive, self._solution.square().sum(1) / self._inverse.diagonal(), torch.inf)
+        each = self._solution.square().sum(1) / self._inverse.diagonal()
+        return torch.where(self.alive, each, torch.inf)[: self._inputs]
 
     def cost(self, inputs: torch.Tensor) -> float:
         """What dropping `inputs`, none of them gone yet, would cost, in units of `Moments.scale`."""
@@ -76,7 +78,7 @@ class Surgeon:
         self._solution[inputs] = 0.0
 
     def weights(self) -> torch.Tensor:
-        """The weights of the inputs that are left, (outputs, left), float32."""
+        """The weights of the inputs that are left, (outputs, left), float32; the bias, if any, as the last column."""
         return self._solution[self.alive].T.float().contiguous()
 
 
@@ -88,7 +90,7 @@ class Elimination:
         order: (removed,), input indices, first to leave first.
         errors: (removed,), cumulative loss after each, in units of `Moments.scale`.
         inputs: how many there were.
-        weights: by number of inputs left, where it was asked for: (outputs, left), float32.
+        weights: by number of inputs left, where it was asked for: as `Surgeon.weights`.
     """
 
     order: torch.Tensor
@@ -124,7 +126,7 @@ def eliminate(
         StageFailed: see `compensation.factored`.
     """
     surgeon = Surgeon(moments, ridge, what=what)
-    left = count = len(surgeon.alive)
+    left = count = moments.inputs
     step = step or max(1, count // 128)
     order: list[torch.Tensor] = []
     errors: list[float] = []
@@ -158,7 +160,7 @@ class HeadChoice:
     Attributes:
         kv_heads, heads: ascending.
         loss: in units of `Moments.scale`.
-        weights: (outputs, len(heads) · head_dim), float32.
+        weights: as `Surgeon.weights`.
     """
 
     kv_heads: tuple[int, ...]

@@ -30,9 +30,11 @@ def activation_energy(moments: Moments, size: int) -> torch.Tensor:
     Returns:
         (inputs / size,), float64, in units of `Moments.scale`.
     """
-    blocks = [moments.gram[start : start + size, start : start + size] for start in range(0, len(moments.gram), size)]
+    blocks = [moments.gram[start : start + size, start : start + size] for start in range(0, moments.inputs, size)]
     gram = torch.stack(blocks).double()  # (groups, size, size)
-    weight = moments.weight.double().reshape(-1, size, moments.weight.shape[1])  # (groups, size, outputs)
+    weight = (
+        moments.weight[: moments.inputs].double().reshape(-1, size, moments.weight.shape[1])
+    )  # (groups, size, outputs)
     energies: torch.Tensor = ((gram @ weight) * weight).sum((1, 2)) / moments.scale
     return energies
 

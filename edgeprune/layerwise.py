@@ -53,7 +53,8 @@ class PrunedLayer:
 
     Attributes:
         plan: what it keeps.
-        tensors: new weights (outputs, kept inputs) of its projections, by role; float32.
+        tensors: new weights (outputs, kept inputs) of its projections, by role, and biases (outputs,), by role and
+            ".bias"; float32.
         error: Σ s ‖r̃ - r‖² / Σ s ‖r‖² of the residual after the layer, on the calibration text.
     """
 
@@ -113,6 +114,9 @@ def run_half(
     """
     projection = block.projection(half)
     outputs, inputs = projection.weight.shape
+    weight, constant = projection.weight.T, projection.bias is not None
+    if constant:  # the bias is solved for as the weights of one more input, which is always 1
+        weight, inputs = torch.cat([weight, projection.bias[None]]), inputs + 1
     gram = cross = torch.empty(0)
     if how:
         gram, cross = torch.zeros(inputs, inputs), torch.zeros(inputs, outputs if how.stream else 0)
@@ -130,16 +134,16 @@ def run_half(
         weights = _weights(streams.dense[part], said, added) if how.weighted else torch.ones(said.shape[:2])
         scale += float((weights * streams.dense[part].square().sum(-1)).sum())
         x = own.float().flatten(0, 1)
+        if constant:
+            x = torch.nn.functional.pad(x, (0, 1), value=1.0)
         weighted = x * weights.flatten()[:, None]
         add_moments(gram, weighted, x, symmetric=True)
         if how.stream:
             target = said if block.normed_output else said + before - streams.pruned[part]
-            if projection.bias is not None:
-                target = target - projection.bias.float()
             add_moments(cross, weighted, target.flatten(0, 1))
     if how is None:
         return None
-    return Moments(mirrored(gram), cross, projection.weight.T, scale, own=1 - how.stream)
+    return Moments(mirrored(gram), cross, weight, scale, own=1 - how.stream, constant=constant)
 
 
 def _weights(residual: torch.Tensor, said: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
@@ -165,12 +169,18 @@ def after_half(
         residual: what the half adds to.
         inner: its projection's input, all of it, (windows, length, inputs).
         kept: the inputs that the projection keeps; None: all.
-        weight: the weights that it has for them, (outputs, kept); None: its own.
+        weight: the weights that it has for them, (outputs, kept), with its bias, if it has one, as one column more;
+            None: its own.
     """
     projection = block.projection(half)
-    weight = projection.weight if weight is None else weight
+    weight, bias = (projection.weight, projection.bias) if weight is None else split_bias(projection, weight)
     said = ((inner if kept is None else inner[..., kept]) @ weight.to(inner.dtype).T).float()
-    return residual + block.added(half, said if projection.bias is None else said + projection.bias.float())
+    return residual + block.added(half, said if bias is None else said + bias.float())
+
+
+def split_bias(projection: torch.nn.Linear, solved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compensated weights of a projection and its bias, where it has one: that is their last column."""
+    return (solved, None) if projection.bias is None else (solved[:, :-1], solved[:, -1])
 
 
 @torch.inference_mode()
@@ -212,8 +222,11 @@ def prune_layer(
             del moments  # the largest of all
             kept = torch.tensor(plan.neurons) if half == "mlp" else rows_of(plan.heads, head_dim)
             if not how.solved:
-                weight = projection.weight[:, kept].float()
-            tensors[projection_role(half)] = weight
+                own = projection.weight[:, kept].float()
+                weight = own if projection.bias is None else torch.cat([own, projection.bias[:, None].float()], dim=1)
+            tensors[projection_role(half)], bias = split_bias(projection, weight)
+            if bias is not None:
+                tensors[f"{projection_role(half)}.bias"] = bias
         for part in chunks(*streams.pruned.shape[:2]):
             streams.pruned[part] = after_half(block, half, streams.pruned[part], inner[part], kept, weight)
     return PrunedLayer(plan, tensors, _distance(streams))

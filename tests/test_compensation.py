@@ -121,6 +121,27 @@ def test_elimination_one_by_one_takes_the_cheapest_each_time() -> None:
         left.remove(gone)
 
 
+def test_a_bias_takes_over_the_mean_of_what_goes() -> None:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(400, 9, generator=generator, dtype=torch.float64)
+    x[:, 4] = 3.0  # a neuron that always says the same
+    x[:, 8] = 1.0
+    weight = torch.randn(9, 5, generator=generator, dtype=torch.float64)  # the last row is the bias
+    target = x @ weight
+    moments = Moments(x.T @ x, x.T @ target, weight, float(target.square().sum()), constant=True)
+    assert moments.inputs == 8
+    found = eliminate(moments, 1e-6, widths=[7, 3], step=1)
+    assert found.order[0] == 4 and 8 not in found.order
+    assert found.error(7) < 1e-4 < found.error(3)
+    without, bias = found.weights[7][:, :-1], found.weights[7][:, -1]
+    kept = found.kept(7)
+    torch.testing.assert_close(without, weight[kept].T.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bias, (weight[8] + 3 * weight[4]).float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.weights[7], solve(moments, kept, 1e-6), rtol=1e-4, atol=1e-4)
+    heads = choose_heads(moments, LayerShape(4, 4, 1), LayerShape(3, 3, 1), 2, 1e-6)
+    assert heads.weights.shape == (5, 3 * 2 + 1)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (2, 1), (2, 2), (6, 3)])
 def test_heads_are_the_best_of_all_that_grouped_attention_allows(heads: int, kv_heads: int) -> None:
     dense, head_dim = LayerShape(6, 3, 1), 4
