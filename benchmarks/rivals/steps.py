@@ -116,8 +116,8 @@ ROWS = {
     "uniform": (uniform, "+ one width by measured damage", "edgeprune --uniform"),
     "per-layer": (per_layer, "+ widths of each layer's own", "edgeprune"),
     "vocabulary": (vocabulary, "+ vocabulary", "edgeprune --corpus"),
-    "recover20": (recovered(20, "distil", per_layer), "per layer + 20 minutes of recovery", "edgeprune --recover 20m"),
-    "recover60": (recovered(60, "distil", per_layer), "per layer + 60 minutes of recovery", "edgeprune --recover 60m"),
+    "recover20": (recovered(20, "distil", vocabulary), "all of ours + 20 minutes of recovery", "edgeprune recover"),
+    "recover60": (recovered(60, "distil", vocabulary), "all of ours + 60 minutes of recovery", "edgeprune recover"),
     "amp-lora20": (recovered(20, "lora", amp.prune), "AMP + 20 minutes of LoRA", "the paper's recipe"),
     "amp-lora60": (recovered(60, "lora", amp.prune), "AMP + 60 minutes of LoRA", "the paper's recipe"),
 }
