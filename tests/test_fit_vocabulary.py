@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from edgeprune.calibration import take
 from edgeprune.candidates import candidate_of
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.cli import app
@@ -23,10 +24,13 @@ from edgeprune.cross_quality import measure_across
 from edgeprune.damage import DamageTable, HeadOption, WidthOption
 from edgeprune.devices import Budget, load_profile
 from edgeprune.errors import BadInput, NothingFits
+from edgeprune.export.gguf_imatrix import read_imatrix
 from edgeprune.fitting import FitResult, fit
 from edgeprune.heldout import scripts, stretches
+from edgeprune.imatrix import provide_imatrix
 from edgeprune.judging import choose, has_kl
 from edgeprune.metrics import mean_interval
+from edgeprune.models import load
 from edgeprune.plan import WidthPlan, keep_all
 from edgeprune.pruning import prune
 from edgeprune.quality import CrossQuality, Quality, loss_over_dense, measure, quality_from_json
@@ -269,6 +273,20 @@ def test_a_file_with_other_tokens_is_judged_on_the_same_windows(
     assert measure_across(short, reference, texts).n_tokens < across.n_tokens, "read in parts"
     with pytest.raises(BadInput, match="3 texts for 4 windows"):
         measure_across(small, reference, texts[:3])
+
+
+def test_importance_is_measured_in_the_tokens_that_are_left(tiny_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    plan = plan_vocabulary(tiny_folder, [corpus], size=Checkpoint(tiny_folder).shape.vocab - 64, windows=0)
+    small = prune_vocabulary(tiny_folder, plan, tmp_path / "small")
+    texts = [
+        take(load(folder), iter([" ".join(SENTENCES)]), "s", count=1, length=512) for folder in (tiny_folder, small)
+    ]
+    found, expected = (
+        read_imatrix(provide_imatrix(small, tmp_path / f"{i}.gguf", texts=each)) for i, each in enumerate(texts)
+    )
+    assert found.tokens == expected.tokens
+    for name, value in expected.values.items():
+        np.testing.assert_allclose(found.values[name], value, rtol=1e-5)
 
 
 @given(st.lists(st.sampled_from("aé雨🙂 \n"), min_size=1, max_size=60), st.integers(1, 7))
