@@ -248,7 +248,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
     if not has_kl([trial for _, trial in result.trials]):
         sections.append(
             "Distributions over other tokens have no KL divergence to the dense model's. Such candidates are compared "
-            "with the others by the loss over dense: how much less likely the held-out text is, in nats per dense token."
+            "with the others by the loss over dense: how much less likely the text is, in nats per dense token."
         )
     if measured_here:
         sections += [
