@@ -11,7 +11,7 @@ from edgeprune.candidates import Candidate
 from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import BadInput
 from edgeprune.metrics import Interval, mean_interval, paired_interval
-from edgeprune.quality import CrossQuality, Quality, TextQuality, loss_over_dense
+from edgeprune.quality import CrossQuality, Quality, TextQuality, differs, loss_over_dense
 from edgeprune.record import Trial
 
 Measured = tuple[Candidate, Trial]
@@ -96,12 +96,16 @@ def choose(measured: Sequence[Measured], dense: Sequence[float] = ()) -> Measure
     if len({quality.reference for _, quality in sound if isinstance(quality, (Quality, CrossQuality))}) > 1:
         raise BadInput("the files were not measured against the same reference", remedy="evaluate them again")
     kl = has_kl([trial for _, trial in measured])
-    figures = [(pair, distance(quality, dense, kl=kl)) for pair, quality in sound]
-    best = min((figure for _, figure in figures), key=fmean)
-    return max(
-        (pair for pair, f in figures if f is best or paired_interval(f, best).contains_zero),
-        key=speed,
-    )
+    best = min((quality for _, quality in sound), key=lambda quality: fmean(distance(quality, dense, kl=kl)))
+    return max((pair for pair, q in sound if q is best or not _told_apart(q, best, dense, kl=kl)), key=speed)
+
+
+def _told_apart(a: TextQuality, b: TextQuality, dense: Sequence[float], *, kl: bool) -> bool:
+    """Whether one is further from dense than the other beyond what chance explains."""
+    if kl and isinstance(a, Quality) and isinstance(b, Quality):
+        return differs(a, b).seen
+    pairs = paired_interval(distance(a, dense, kl=kl), distance(b, dense, kl=kl))
+    return not pairs.contains_zero
 
 
 def verdict(chosen: Candidate, trial: Trial, profile: DeviceProfile, budget: Budget) -> str:
