@@ -100,7 +100,9 @@ def layer_options(
             if option.heads == layer.heads
             or (options.heads and (option.heads or (options.absent and index)))  # layer 0 holds the cache's length
         ]
-        widths = sorted({layer.neurons, *range(0 if options.absent else options.align, layer.neurons, options.align)})
+        # Some layer must have an MLP; in the first it is the dearest to lose.
+        least = 0 if options.absent and index else options.align
+        widths = sorted({layer.neurons, *range(least, layer.neurons, options.align)})
         found.append(
             (
                 [(option.heads, option.kv_heads) for option in heads],

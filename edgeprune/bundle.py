@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,41 @@ from edgeprune.checkpoint import GGUF_TOKENIZER
 from edgeprune.files import atomic_folder, read_json, sha256, write_json, write_text
 from edgeprune.models import copy_companions
 from edgeprune.plan import PrunePlan
+from edgeprune.quality import CrossQuality, Quality, TextQuality
 from edgeprune.record import Trial, environment
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import ModelShape
+from edgeprune.vocabulary_plan import PLAN_FILE as VOCABULARY_PLAN
+from edgeprune.vocabulary_plan import VocabularyPlan
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitResult
 
 SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was exported of a candidate, and where it came from.
+
+    Attributes:
+        exported: a file or a folder.
+        source: the dense model's folder.
+        companions: the folder with its tokenizer: the dense one's, or one without the tokens that went.
+        plan: what it keeps of the layers.
+        vocabulary: which tokens it keeps, where some went.
+    """
+
+    exported: Path
+    source: Path
+    companions: Path
+    plan: PrunePlan
+    vocabulary: VocabularyPlan | None = None
+
+    def eos(self, shape: ModelShape) -> list[int]:
+        """Ids of the tokens that end an answer: those of `shape`, the dense model's, as numbered now."""
+        kept = None if self.vocabulary is None else self.vocabulary.kept
+        return [token if kept is None else kept.index(token) for token in shape.eos]
 
 
 def chat_template(folder: Path) -> str | None:
@@ -42,11 +69,9 @@ def _stop_tokens(source: Path) -> list[str]:
     return [token] if isinstance(token, str) else []
 
 
-def _bundle_json(
-    result: FitResult, candidate: Candidate, trial: Trial, source: Path, model_file: str
-) -> dict[str, Any]:
+def _bundle_json(result: FitResult, candidate: Candidate, trial: Trial, made: Made, model_file: str) -> dict[str, Any]:
     profile, budget = result.proposal.profile, result.proposal.budget
-    template = chat_template(source)
+    template = chat_template(made.source)
     assert trial.quality is not None
     return {
         "schema_version": SCHEMA_VERSION,
@@ -59,8 +84,8 @@ def _bundle_json(
         "threads": candidate.cost.threads,
         "chat_template": template,
         "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
-        "stop": _stop_tokens(source),
-        "eos_token_ids": list(candidate.shape.eos),
+        "stop": _stop_tokens(made.source),
+        "eos_token_ids": made.eos(result.proposal.shape),
         "memory_need_mib": round(candidate.cost.memory_mib.high, 1),
         "predicted": {
             "on": profile.name,
@@ -70,24 +95,58 @@ def _bundle_json(
         },
         "measured": {
             "on": trial.quality.measured_on.machine,
-            "kl_nats": asdict(trial.quality.kl_nats),
-            "top1": asdict(trial.quality.top1),
+            **_beside_dense(trial.quality),
             "perplexity": trial.quality.perplexity,
             "bits_per_byte": trial.quality.bits_per_byte,
             "speed": trial.speed,
         },
+        "judged_on": {"source": result.judged_on.source, "scripts": dict(result.judged_on.scripts)},
+        "tokens_counted_on": None if made.vocabulary is None else made.vocabulary.counted_on(),
         "plan": candidate.to_json()["plan"],
         "environment": environment(),
     }
 
 
-def _model_card(result: FitResult, candidate: Candidate, trial: Trial, source: Path, bundle: dict[str, Any]) -> str:
+def _beside_dense(quality: TextQuality) -> dict[str, Any]:
+    """The figures of a file that compare it with the dense model; None for those that it has not."""
+    return {
+        "kl_nats": asdict(quality.kl_nats) if isinstance(quality, Quality) else None,
+        "top1": asdict(quality.top1) if isinstance(quality, Quality) else None,
+        "loss_over_dense_nats": asdict(quality.over_nats) if isinstance(quality, CrossQuality) else None,
+    }
+
+
+def _measured_lines(quality: TextQuality) -> list[str]:
+    """Rows of the model card's table on quality."""
+
+    def row(name: str, mean: str, interval: str = "") -> str:
+        return f"| {name} | {mean} | {interval} | measured |"
+
+    lines = []
+    if isinstance(quality, Quality):
+        kl, top1 = quality.kl_nats, quality.top1
+        lines.append(row("KL(dense to this), nats a token", f"{kl.mean:.4f}", f"{kl.low:.4f} to {kl.high:.4f}"))
+        lines.append(row("top-1 agreement with dense", f"{top1.mean:.3f}", f"{top1.low:.3f} to {top1.high:.3f}"))
+        lines.append(row("perplexity on the held-out text", f"{quality.perplexity:.2f}"))
+    elif isinstance(quality, CrossQuality):
+        over = quality.over_nats
+        lines.append(
+            row("loss over dense, nats a dense token", f"{over.mean:.4f}", f"{over.low:.4f} to {over.high:.4f}")
+        )
+        lines += [
+            "| KL(dense to this), top-1 agreement, perplexity | – | | other tokens than dense |",
+        ]
+    lines.append(row("bits per byte on the held-out text", f"{quality.bits_per_byte:.4f}"))
+    return lines
+
+
+def _model_card(result: FitResult, candidate: Candidate, trial: Trial, made: Made, bundle: dict[str, Any]) -> str:
     quality = trial.quality
     assert quality is not None
     proposal = result.proposal
     this, dense = _spans(candidate.shape), _spans(proposal.shape)
-    kl, top1 = quality.kl_nats, quality.top1
-    licence = _licence(source)
+    licence = _licence(made.source)
+    vocabulary = made.vocabulary
     lines = [
         "---",
         *([f"license: {licence}"] if licence else []),
@@ -101,6 +160,7 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, source: P
         "| | dense | this model |",
         "|---|---|---|",
         f"| parameters | {proposal.shape.parameters:,} | {candidate.shape.parameters:,} |",
+        f"| tokens in the vocabulary | {proposal.shape.vocab:,} | {candidate.shape.vocab:,} |",
         f"| query / key-value heads a layer | {dense['heads']} / {dense['kv_heads']} | "
         f"{this['heads']} / {this['kv_heads']} |",
         f"| MLP neurons a layer | {dense['neurons']} | {this['neurons']} |",
@@ -109,12 +169,11 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, source: P
         "|---|---|---|---|",
         _row("decode, tokens/s", candidate.cost.decode_tps, f"predicted for {proposal.profile.name}"),
         _row("memory, MiB", candidate.cost.memory_mib, f"predicted for {proposal.profile.name}"),
-        f"| KL(dense to this), nats a token | {kl.mean:.4f} | {kl.low:.4f} to {kl.high:.4f} | measured |",
-        f"| top-1 agreement with dense | {top1.mean:.3f} | {top1.low:.3f} to {top1.high:.3f} | measured |",
-        f"| perplexity on the held-out text | {quality.perplexity:.2f} | | measured |",
-        f"| bits per byte on the held-out text | {quality.bits_per_byte:.4f} | | measured |",
+        *_measured_lines(quality),
         "",
         f"Measured on {quality.measured_on.machine}, in {quality.measured_on.runtime}, over {quality.n_tokens} tokens.",
+        f"Held-out text: {result.judged_on}.",
+        *([f"The tokens to keep were {vocabulary.counted_on()}; other uses read more tokens."] if vocabulary else []),
         "The interval of a prediction is the profile's; the middle of it decides whether a model fits.",
         "",
     ]
@@ -149,9 +208,7 @@ def write_bundle(
     result: FitResult,
     candidate: Candidate,
     trial: Trial,
-    exported: Path,
-    plan: PrunePlan,
-    source: Path,
+    made: Made,
     out: Path,
 ) -> None:
     """Write the folder `out` (replaced when whole) around what was exported: a file or a folder.
@@ -159,6 +216,7 @@ def write_bundle(
     Raises:
         BadInput: the disk is full.
     """
+    exported = made.exported
     with atomic_folder(out) as temporary:
         if exported.is_dir():
             shutil.copytree(exported, temporary, dirs_exist_ok=True)
@@ -166,11 +224,13 @@ def write_bundle(
         else:
             model_file = f"model{exported.suffix}"
             shutil.copyfile(exported, temporary / model_file)
-            copy_companions(source, temporary)
+            copy_companions(made.companions, temporary)
             (temporary / GGUF_TOKENIZER).unlink(missing_ok=True)  # it is inside the model file already
-        bundle = _bundle_json(result, candidate, trial, source, model_file)
+        bundle = _bundle_json(result, candidate, trial, made, model_file)
         write_json(temporary / "bundle.json", bundle)
-        plan.save(temporary / "prune_plan.json")
-        write_text(temporary / "MODEL_CARD.md", _model_card(result, candidate, trial, source, bundle))
+        made.plan.save(temporary / "prune_plan.json")
+        if made.vocabulary is not None:
+            made.vocabulary.save(temporary / VOCABULARY_PLAN)
+        write_text(temporary / "MODEL_CARD.md", _model_card(result, candidate, trial, made, bundle))
         sums = [f"{sha256(p)}  {p.relative_to(temporary)}" for p in sorted(temporary.rglob("*")) if p.is_file()]
         write_text(temporary / "SHA256SUMS", "\n".join(sums) + "\n")

@@ -152,6 +152,12 @@ def take(model: Model, texts: Iterator[str], source: str, *, count: int, length:
     return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), tuple(ids), source)
 
 
+def retokenized(texts: TextSet, tokenizer: Any) -> TextSet:
+    """The same texts in another tokenizer's tokens."""
+    ids = tuple(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts.texts)
+    return TextSet(texts.texts, ids, texts.source)
+
+
 def text_set(
     model: Model,
     source: str | None,

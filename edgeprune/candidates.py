@@ -50,14 +50,21 @@ class Candidate:
         return self.plan.reached_ratio == 0.0
 
     @property
+    def vocabulary(self) -> int | None:
+        """How many tokens it keeps; None where its vocabulary is the dense one."""
+        return self.plan.vocabulary if isinstance(self.plan, WidthPlan) else None
+
+    @property
     def name(self) -> str:
         """A short name, unique among the candidates of one run and fit for a file name."""
         share = self._share("dense", "pruned{:.1f}", "-mlp")
+        share += f"-vocabulary{self.vocabulary}" if self.vocabulary else ""
         # Colons part the options of a quantisation's name; in file names some systems refuse them.
         return f"{share}{'-recovered' if self.recovery_s else ''}-{self.target.quantisation.replace(':', '-')}"
 
     def __str__(self) -> str:
         share = self._share("dense", "{:.1f} % pruned", " (MLP)")
+        share += f" ({self.vocabulary:,} tokens left)" if self.vocabulary else ""
         return f"{share}{' and recovered' if self.recovery_s else ''}, {self.target}"
 
     def _share(self, dense: str, pruned: str, mlp: str) -> str:
@@ -68,8 +75,10 @@ class Candidate:
     @property
     def plan_hash(self) -> str:
         """Identity of what is kept."""
-        layers = json.dumps([asdict(layer) for layer in self.plan.layers])
-        return hashlib.sha256(layers.encode()).hexdigest()
+        kept: list[Any] = [asdict(layer) for layer in self.plan.layers]
+        if isinstance(self.plan, WidthPlan) and self.plan.vocabulary:
+            kept += [self.plan.vocabulary, self.plan.corpus]
+        return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The candidate as it stands in the record, without the lists of indices."""
@@ -84,6 +93,7 @@ class Candidate:
                 "recovery_s": self.recovery_s,
                 "sha256": self.plan_hash,
                 **self.shape.widths(),
+                "vocabulary": self.shape.vocab,
                 "parameters": self.shape.parameters,
             },
             "quantisation": self.target.quantisation,

@@ -77,6 +77,10 @@ def fit(
     held_out: Annotated[
         str | None, typer.Option("--held-out", help="Text file to judge on. Default: text the model writes itself.")
     ] = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option("--corpus", help="Text the model will be used for: lets obs drop tokens that it hardly uses."),
+    ] = None,
     out: Out = None,
     threads: Threads = None,
     method: Annotated[
@@ -112,7 +116,7 @@ def fit(
     from edgeprune.errors import unknown
     from edgeprune.fitting import FIT_METHODS, FitOptions, estimate, prepare
     from edgeprune.fitting import fit as run_fit
-    from edgeprune.report import MEASURED_HEADER, measured_rows
+    from edgeprune.report import measured_table
 
     profile = load_profile(device)
     budget = Budget.of(
@@ -121,6 +125,7 @@ def fit(
     chosen: dict[str, Any] = {
         "calibration": calibration,
         "held_out": held_out,
+        "corpus": tuple(corpus or ()),
         "limit": max_candidates,
         "method": method,
         "uniform": uniform,
@@ -155,7 +160,7 @@ def fit(
     if as_json:
         print_json(json.loads((result.out / "fit.json").read_text(encoding="utf-8")))
         return
-    print_table("Measured candidates", MEASURED_HEADER, measured_rows(result.trials, result.chosen))
+    print_table("Measured candidates", *measured_table(result))
     console.print(f"\n[bold green]✓[/] {escape(result.verdict)}\n", soft_wrap=True)
     console.print(f"  report  {result.out / 'report.md'}", soft_wrap=True)
     console.print(f"  bundle  {result.best}", soft_wrap=True)

@@ -5,7 +5,6 @@ The pipeline is `fit` itself, read from top to bottom; every stage leaves an art
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -13,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from edgeprune.bundle import write_bundle
+from edgeprune.bundle import Made, write_bundle
 from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
@@ -24,6 +22,8 @@ from edgeprune.damage import MEASURED_SHARES
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import cache_dir, write_json
+from edgeprune.heldout import scripts
+from edgeprune.judging import JudgedOn, Measured, choose, verdict
 from edgeprune.making import Maker
 from edgeprune.models import Model, checkpoint_folder, load, resolve
 from edgeprune.plan import head_options
@@ -33,26 +33,35 @@ from edgeprune.pruning import (
     CALIBRATION_LENGTH,
     CALIBRATION_TEXTS,
     GIVEN_TEXTS,
+    JUDGED_TEXTS,
     JUDGED_WINDOWS,
     WINDOW,
     cached_scores,
+    check_corpus,
 )
-from edgeprune.quality import differs
 from edgeprune.record import Trial, files_of, fit_record
 from edgeprune.reference import load_reference, make_reference
 from edgeprune.report import write_report
-from edgeprune.rounds import LIMIT_AMP, LIMIT_OBS, Measured, by_damage, by_scores, measure_all, recovered
+from edgeprune.rounds import (
+    LIMIT_AMP,
+    LIMIT_OBS,
+    by_damage,
+    by_scores,
+    fewer_tokens_may_fit,
+    measure_all,
+    nothing_fits,
+    recovered,
+)
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates
 from edgeprune.targets import Target, default_targets, target_for
+from edgeprune.vocabulary_counts import corpus
+from edgeprune.vocabulary_damage import SHARES
 from edgeprune.workshop import TIMEOUT_S, Workshop
 
 # 16 windows tell apart what differs by a few per cent in KL on the demo model; more would only take longer.
 HELD_OUT_WINDOWS = 16
 HELD_OUT_LENGTH = 512
-# Below it the model no longer says what dense says more often than not, and text tends to fall apart.
-POOR_TOP1 = 0.5
-
 FIT_METHODS = (OBS, AMP)
 
 Progress = Callable[[str, int, int], None]
@@ -67,6 +76,8 @@ class FitOptions:
         ratios: shares of all parameters to try removing; dense is always among them.
         calibration: text to score on, a file or hub dataset; None: the model writes its own.
         held_out: text to judge on, a file; None: the model writes its own, other than the calibration's.
+        corpus: text files, JSONL files or folders of them: what the model will be used for. With it "obs" may drop
+            tokens that it hardly uses, where something has to go and that costs least.
         threads: threads of the runtimes here. Predictions use the device's.
         method: "obs": per-layer plans from the damage table, with compensation; "amp": the paper's method alone.
         uniform: "obs" gives all layers the same widths.
@@ -81,6 +92,7 @@ class FitOptions:
     ratios: tuple[float, ...] = RATIOS
     calibration: str | None = None
     held_out: str | None = None
+    corpus: tuple[str | Path, ...] = ()
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     method: str = OBS
     uniform: bool = False
@@ -89,6 +101,11 @@ class FitOptions:
     max_time_s: float | None = None
     resume: bool = True
     seed: int = 0
+
+    @property
+    def corpus_paths(self) -> tuple[Path, ...]:
+        """The corpus's files and folders."""
+        return tuple(Path(path).expanduser() for path in self.corpus)
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,7 @@ class FitResult:
     trial: Trial
     verdict: str
     out: Path
+    judged_on: JudgedOn
 
     @property
     def best(self) -> Path:
@@ -120,6 +138,9 @@ def prepare(
         BadInput: an unknown or broken model, or a context longer than the model's.
     """
     say = None if progress is None else lambda text: progress(text, 0, 0)
+    check_corpus(options.corpus, options.method)
+    if options.corpus:
+        corpus(options.corpus_paths)  # that it is there
     source = checkpoint_folder(resolve(str(model), say=say), say=say)
     shape = Checkpoint(source).shape
     if budget.context > shape.max_positions:
@@ -128,8 +149,8 @@ def prepare(
         )
     limit = options.limit or LIMIT_AMP
     proposal = propose(str(model), shape, profile, budget, options.targets, ratios=options.ratios, limit=limit)
-    if not proposal.n_feasible:
-        raise proposal.nothing_fits()
+    if not proposal.n_feasible and not (options.corpus and fewer_tokens_may_fit(proposal, source, options)):
+        raise nothing_fits(proposal, source, options)
     if options.method == OBS:
         dense = tuple(dense_candidates(shape, options.targets, profile, budget))
         lacking = not all(candidate.fits for candidate in dense)
@@ -149,26 +170,11 @@ def estimate(proposal: Proposal, options: FitOptions) -> float:
         shape = proposal.shape
         n_options = len(shape.layers) * (len(MEASURED_SHARES) + len(list(head_options(shape.layers[0]))))
         read += n_options * JUDGED_WINDOWS * WINDOW // 2 + (3 + 5 * made) * calibration
+        if options.corpus:
+            read += (len(SHARES) + 1) * JUDGED_TEXTS * WINDOW
     return estimated_seconds(
         proposal.shape, written=written * 3 // 2, read=read, exports=len(proposal.to_measure) + made
     )
-
-
-def choose(measured: Sequence[Measured]) -> Measured | None:
-    """The best measured quality; on a tie, within what chance explains, the faster. None if nothing was measured.
-
-    Speed is the measured one where it was measured, which is on the device itself, else the predicted.
-    """
-
-    def speed(pair: Measured) -> float:
-        tg = pair[1].speed.get("tg128")
-        return float(tg["median_ts"]) if tg else pair[0].cost.decode_tps.value
-
-    sound = [(pair, pair[1].quality) for pair in measured if pair[1].quality is not None]
-    if not sound:
-        return None
-    best = min((quality for _, quality in sound), key=lambda quality: quality.kl_nats.mean)
-    return max((pair for pair, q in sound if q is best or not differs(q, best).seen), key=speed)
 
 
 def fit(
@@ -201,6 +207,8 @@ def fit(
     started = time.monotonic()
     profile = load_profile(device) if isinstance(device, str) else device
     budget = budget or Budget.of(profile)
+    if "corpus" in options:
+        options["corpus"] = tuple(options["corpus"])
     if targets:
         options["targets"] = tuple(target_for(t) if isinstance(t, str) else t for t in targets)
     settings = FitOptions(**options)
@@ -228,6 +236,8 @@ def fit(
         timeout_s=TIMEOUT_S,
         progress=None if progress is None else lambda m: progress("running the dense model", m["done"], m["total"]),
     )
+    dense = load_reference(reference)
+    judged_on = JudgedOn(text_source, scripts(dense.covered_text), reference.name, dense.nll)
     workshop = Workshop(
         out / "work",
         source,
@@ -235,7 +245,7 @@ def fit(
         settings.threads,
         bench=profile.at_hand,
         context=budget.context,
-        make=Maker(source, model_hash, calibration, settings.seed, _recovery_text(settings)),
+        make=Maker(source, model_hash, calibration, settings.seed, _recovery_text(settings), settings.corpus_paths),
         texts=calibration,
     )
     measure = partial(
@@ -254,21 +264,21 @@ def fit(
     else:
         proposal, trials = by_damage(proposal, source, model_hash, calibration, settings, measure, progress)
     fitting = [(candidate, trial) for candidate, trial in trials if candidate.fits]
-    winner = choose(fitting)
+    winner = choose(fitting, judged_on.nll)
     if winner is not None and settings.recovery_s and not winner[0].dense:
         proposal, again = recovered(proposal, winner[0], settings, measure, progress)
         trials += again
         fitting += [pair for pair in again if pair[0].fits]
-        winner = choose(fitting)
+        winner = choose(fitting, judged_on.nll)
     if winner is None:
         outcomes = "; ".join(f"{c}: {t.reason or ', '.join(c.reasons)}" for c, t in trials)
         failed = all(t.quality is None for _, t in trials)
         raise (StageFailed if failed else NothingFits)(f"no candidate could be chosen ({outcomes})", where=out)
-    result = FitResult(proposal, tuple(trials), *winner, _verdict(*winner, profile, budget), out)
+    result = FitResult(proposal, tuple(trials), *winner, verdict(*winner, profile, budget), out, judged_on)
     bundles = {"best": winner}
     for runtime in sorted({c.target.runtime for c, _ in fitting} - {winner[0].target.runtime}):
         # An app may be tied to the other runtime: it gets the best that fits there.
-        if pick := choose([pair for pair in fitting if pair[0].target.runtime == runtime]):
+        if pick := choose([pair for pair in fitting if pair[0].target.runtime == runtime], judged_on.nll):
             bundles[f"best-{runtime}"] = pick
     for stale in out.glob("best*"):  # of an earlier run with another outcome
         if stale.name not in bundles:
@@ -277,17 +287,19 @@ def fit(
         path = workshop.export(candidate)
         if files_of(path) != trial.files:
             raise StageFailed("not the file that was measured", where=path, remedy="run again with --no-resume")
-        plan = workshop.plan(candidate, proposal.shape)
-        write_bundle(result, candidate, trial, path, plan, source, out / folder)
+        made = Made(
+            path,
+            source,
+            workshop.companions(candidate),
+            workshop.plan(candidate, proposal.shape),
+            workshop.vocabulary_plan(candidate),
+        )
+        write_bundle(result, candidate, trial, made, out / folder)
     record = fit_record(
         result,
         model_hash=model_hash,
         calibration={"source": calibration.source, "sha256": calibration.hash, "tokens": calibration.tokens},
-        held_out={
-            "source": text_source,
-            "reference": reference.name,
-            "dense_perplexity": math.exp(fmean(load_reference(reference).nll)),
-        },
+        plan=workshop.vocabulary_plan(result.chosen),
         options=settings,
         seconds=time.monotonic() - started,
     )
@@ -340,18 +352,3 @@ def _held_out(model: Model, settings: FitOptions, progress: Progress | None) -> 
         progress=None if progress is None else lambda d, t: progress("writing held-out text", d, t),
     )
     return "\n\n".join(own.texts), own.source
-
-
-def _verdict(chosen: Candidate, trial: Trial, profile: DeviceProfile, budget: Budget) -> str:
-    """One sentence: what was chosen, whether it fits, and on what evidence."""
-    assert trial.quality is not None
-    tg = trial.speed.get("tg128")
-    speed = f"measured {tg['median_ts']:.1f}" if tg else f"predicted {chosen.cost.decode_tps}"
-    asked = f" (asked {budget.min_tokens_per_s:g})" if budget.min_tokens_per_s else ""
-    kl, top1 = trial.quality.kl_nats, trial.quality.top1
-    return (
-        f"fits {profile.name}: {chosen}; {speed} tokens/s{asked}, predicted {chosen.cost.memory_mib} MiB; "
-        f"measured KL to dense {kl.mean:.3f} ({kl.low:.3f}–{kl.high:.3f}) nats a token, "
-        f"same first choice as dense {100 * top1.mean:.0f} %"
-        + ("" if top1.mean >= POOR_TOP1 else "; POOR QUALITY: a budget this tight needs recovery, or a larger budget")
-    )

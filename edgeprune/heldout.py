@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +96,34 @@ def covered_characters(runtime: Runtime, ids: Sequence[int], text: str) -> int:
             remedy="use text without special tokens or unusual characters",
         )
     return start + len(decoded.lstrip())
+
+
+def stretches(decode: Callable[[Sequence[int]], str], chunks: Sequence[Window], text: str) -> list[str]:
+    """The parts of `text` that its first tokens, consecutive windows of them, stand for.
+
+    Cut between whole characters: one that a window ends in the middle of belongs to the next. A model with another
+    tokenizer that reads these parts reads, window by window, the same text.
+    """
+    start = len(text) - len(text.lstrip())
+    ids: list[int] = []
+    cuts = [0]
+    for chunk in chunks:
+        ids += chunk.tolist()
+        cuts.append(start + len(decode(ids).rstrip(LOST_CHARACTER).lstrip()))
+    return [text[begin:end] for begin, end in pairwise(cuts)]
+
+
+def scripts(text: str) -> dict[str, float]:
+    """The writing systems of a text: the share of its letters in each, largest first.
+
+    This is what can be told without a model that identifies languages: English and Spanish are both Latin. A letter's
+    script is the first word of its name in Unicode ("LATIN SMALL LETTER A"), which tells the common ones apart.
+    """
+    letters = Counter(character for character in text if character.isalpha())
+    found: Counter[str] = Counter()
+    for letter, count in letters.items():
+        found[unicodedata.name(letter, "unnamed").partition(" ")[0].capitalize()] += count
+    return {script: count / letters.total() for script, count in found.most_common()}
 
 
 def digest(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgeprune.calibration import TextSet, text_set
+from edgeprune.calibration import TextSet, retokenized, text_set
 from edgeprune.errors import BadInput
 from edgeprune.export.gguf_deci import is_filler
 from edgeprune.export.gguf_imatrix import ImportanceMatrix, read_imatrix, write_imatrix
@@ -22,6 +22,7 @@ from edgeprune.export.gguf_types import tensors
 from edgeprune.files import cache_dir
 from edgeprune.importance import Progress, batches, input_hooks, text_hash
 from edgeprune.models import Model, load
+from edgeprune.vocabulary_plan import PLAN_FILE as VOCABULARY_PLAN
 
 SCHEMA_VERSION = 1
 TEXTS, LENGTH = 64, 256  # of calibration: means of squares settle with far fewer tokens than there are columns
@@ -117,7 +118,8 @@ def provide_imatrix(
         folder: Hugging Face format; a pruned model needs a matrix of its own, since other inputs reach its weights.
         out: the GGUF file to write; `targets.IMATRIX` in the scratch folder of an export. One that is there already
             is kept.
-        texts: what to run it on, for the model's own tokenizer; None reads `calibration`.
+        texts: what to run it on; a model that has lost tokens reads them in those it has left. None reads
+            `calibration`.
         calibration: a text file or hub dataset; None lets the model write its own.
         seed: of self-generated text.
         progress: called with tokens done and all.
@@ -130,5 +132,7 @@ def provide_imatrix(
         if texts is None:
             texts = text_set(model, calibration, count=TEXTS, length=LENGTH, seed=seed)
         few = TextSet(texts.texts[:TEXTS], texts.ids[:TEXTS], texts.source)
+        if (folder / VOCABULARY_PLAN).is_file():  # the ids may be those of a larger vocabulary
+            few = retokenized(few, model.tokenizer)
         write_imatrix(cached_importance_matrix(model, few, progress=progress), out)
     return out

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
-from edgeprune.compensated import Origin, prune_compensated
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.compensated import Origin
 from edgeprune.plan import PrunePlan
-from edgeprune.pruning import COMPENSATION, windows_of
+from edgeprune.pruning import write_pruned
 from edgeprune.surgery import prune_checkpoint
 
 Progress = Callable[[str, int, int], None]
@@ -27,6 +28,7 @@ class Maker:
         texts: calibration text.
         seed: of recovery.
         recovery_text: what recovery trains on; None: what the dense model writes.
+        corpus: text on which tokens are counted where some go.
     """
 
     source: Path
@@ -34,6 +36,7 @@ class Maker:
     texts: TextSet
     seed: int = 0
     recovery_text: tuple[str, ...] | None = None
+    corpus: tuple[Path, ...] = ()
 
     def __call__(self, candidate: Candidate, out: Path, progress: Progress | None) -> None:
         """Write the checkpoint of `candidate` to `out`.
@@ -66,12 +69,15 @@ class Maker:
         if isinstance(plan, PrunePlan):
             prune_checkpoint(self.source, plan, out)
             return
-        prune_compensated(
+        parameters = Checkpoint(self.source).shape.parameters
+        write_pruned(
             self.source,
-            windows_of(self.texts),
+            self.texts,
             plan.layers,
-            COMPENSATION,
+            plan.vocabulary,
+            self.corpus,
             out,
-            origin=Origin(plan.method, plan.asked_ratio, self.model_hash, self.texts.hash),
-            progress=None if progress is None else lambda d, t: progress(f"compensating {candidate}", d, t),
+            origin=Origin(plan.method, plan.asked_ratio, self.model_hash, self.texts.hash, parameters),
+            stage=f"compensating {candidate}",
+            progress=progress,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +98,7 @@ class PrunePlan:
 
 @dataclass(frozen=True)
 class WidthPlan:
-    """How wide every layer becomes. Which heads and neurons stay is found when the weights are compensated."""
+    """How wide every layer becomes, and how many tokens stay. Which ones is found when the weights are compensated."""
 
     layers: tuple[LayerShape, ...]
     method: str
@@ -106,10 +106,12 @@ class WidthPlan:
     reached_ratio: float
     damage: float  # predicted, nats per token
     scope: Scope = "both"
+    vocabulary: int | None = None  # rows of the embedding; None: as many as before
+    corpus: str = ""  # SHA-256 of the text on which the tokens to keep are counted, where some go
 
     def shape_after(self, shape: ModelShape) -> ModelShape:
-        """The pruned model's shape; `shape` is the dense one."""
-        return shape.with_layers(self.layers)
+        """The pruned model's shape; `shape` is the dense one. Its ids of special tokens are still the dense ones."""
+        return replace(shape.with_layers(self.layers), vocab=self.vocabulary or shape.vocab)
 
 
 def check(plan: PrunePlan, shape: ModelShape, *, where: object = "plan") -> None:

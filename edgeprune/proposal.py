@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from edgeprune.errors import NothingFits
 from edgeprune.plan import PrunePlan, Scope, uniform_plan
 from edgeprune.shape import ModelShape
 from edgeprune.targets import Target
+
+if TYPE_CHECKING:
+    from edgeprune.vocabulary_damage import VocabularyOption
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,20 @@ class Proposal:
     candidates: tuple[Candidate, ...]
     to_measure: tuple[Candidate, ...]
     plans_to_make: int = 0  # beside these: plans of least damage for targets with which the dense model does not fit
+    vocabulary: tuple[VocabularyOption, ...] = ()  # numbers of tokens that plans could choose among, where measured
 
     @property
     def n_feasible(self) -> int:
         """How many candidates are predicted to fit or, where the device is at hand, may fit."""
         return sum(c.fits or (self.profile.at_hand and c.doubtful) for c in self.candidates)
 
-    def nothing_fits(self) -> NothingFits:
-        """The error for a budget that none of the candidates meets."""
+    def nothing_fits(self, *, fewer_tokens: bool = False) -> NothingFits:
+        """The error for a budget that none of the candidates meets; `fewer_tokens`: with a corpus, some might."""
         miss = nearest_miss(self.candidates)
         return NothingFits(
             f"nothing fits {self.profile.name}; the nearest is {miss}: {'; '.join(miss.reasons)}",
-            remedy="relax the budget, or take a smaller model",
+            remedy="relax the budget, take a smaller model"
+            + (", or give --corpus FILE: with fewer tokens it may fit" if fewer_tokens else ""),
         )
 
 

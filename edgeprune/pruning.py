@@ -6,17 +6,14 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
-from math import inf
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from edgeprune.allocation import Options, allocate_parameters
 from edgeprune.blocks import LayeredModel
-from edgeprune.calibration import TextSet, text_set
+from edgeprune.calibration import TextSet, retokenized, text_set
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.compensated import Origin, prune_compensated
 from edgeprune.damage import SCHEMA_VERSION as DAMAGE_SCHEMA
@@ -118,6 +115,33 @@ def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Pr
     return table
 
 
+def vocabulary_damage(
+    source: Path, model_hash: str, texts: TextSet, corpus: Sequence[Path], *, progress: Progress | None = None
+) -> tuple[VocabularyOption, ...]:
+    """What smaller vocabularies cost the model in `source` on windows of its calibration text; cached.
+
+    Args:
+        source: the dense model's folder.
+        model_hash: its identity.
+        texts: calibration text.
+        corpus: text on which tokens are counted.
+
+    Raises:
+        BadInput: no corpus, or a tokenizer whose vocabulary cannot be pruned.
+    """
+    tokenizer = load_tokenizer(source)
+    judged = [tokenizer.decode(window) for window in windows_of(texts)[:JUDGED_TEXTS]]
+    return measure_vocabulary(source, model_hash, corpus, judged, progress=progress)
+
+
+def check_corpus(corpus: Sequence[str | Path], method: str) -> None:
+    """Raise `BadInput` for a corpus that `method` would not look at."""
+    if corpus and method != OBS:
+        raise BadInput(
+            f"method {method} leaves the vocabulary as it is", where="--corpus", remedy=f"use {OBS}, or leave it out"
+        )
+
+
 def plan_for(shape: ModelShape, scores: Scores, ratio: float, *, align: int = 1, scope: Scope = "both") -> PrunePlan:
     """The uniform plan of `scores` at `ratio`; no forward pass."""
     return uniform_plan(
@@ -157,19 +181,8 @@ def widths_for(
     try:
         if not uniform:
             return allocate_parameters(table, shape, ratio, Options(align, heads=not shape.fixed_heads), vocabulary)
-        limit, best = (1 - ratio) * shape.parameters, (inf, shape.layers, shape.vocab)
-        for size, damage in [(o.size, o.damage) for o in vocabulary] or [(shape.vocab, 0.0)]:
-            left = replace(shape, vocab=size)
-
-            def fits(layers: tuple[LayerShape, ...], left: ModelShape = left) -> bool:
-                return left.with_layers(layers).parameters <= limit
-
-            with suppress(NothingFits):
-                layers = uniform_widths(table, left, align, fits)
-                best = min(best, (damage + table.damage(layers), layers, size), key=lambda b: b[0])
-        if best[0] == inf:
-            raise NothingFits("no width for all layers leaves so little")
-        return best[1], best[2]
+        limit = (1 - ratio) * shape.parameters
+        return uniform_widths(table, shape, align, lambda after: after.parameters <= limit, vocabulary)
     except NothingFits as error:
         raise BadInput(f"ratio {ratio:.3f} is out of reach: {error.what}", remedy="ask for less") from error
 
@@ -214,6 +227,7 @@ def prune(
     """
     if method not in PRUNERS:
         raise unknown("method", method, PRUNERS)
+    check_corpus(corpus, method)
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     out = Path(out)
@@ -258,24 +272,48 @@ def _prune_by_damage(
     table = cached_damage(model.folder, model.hash, texts, progress=progress)
     vocabulary: tuple[VocabularyOption, ...] = ()
     if corpus:
-        judged = [model.tokenizer.decode(window) for window in windows_of(texts)[:JUDGED_TEXTS]]
-        vocabulary = measure_vocabulary(model.folder, model.hash, corpus, judged, progress=progress)
+        vocabulary = vocabulary_damage(model.folder, model.hash, texts, corpus, progress=progress)
     widths, size = widths_for(table, model.shape, ratio, align=align, uniform=uniform, vocabulary=vocabulary)
     origin = Origin(OBS, ratio, model.hash, texts.hash, model.shape.parameters)
-    compensating = _stage(progress, "pruning and compensating layers")
-    if size == model.shape.vocab:
-        return prune_compensated(
-            model.folder, windows_of(texts), widths, COMPENSATION, out, origin=origin, progress=compensating
-        )
+    tokens = size if size != model.shape.vocab else None
+    return write_pruned(model.folder, texts, widths, tokens, corpus, out, origin=origin, progress=progress)
+
+
+def write_pruned(
+    source: Path,
+    texts: TextSet,
+    widths: Sequence[LayerShape],
+    tokens: int | None,
+    corpus: Sequence[Path],
+    out: Path,
+    *,
+    origin: Origin,
+    stage: str = "pruning and compensating layers",
+    progress: Progress | None = None,
+) -> PrunePlan:
+    """Write the dense model in `source` with fewer tokens and narrower layers, compensated, to `out`.
+
+    Args:
+        source: the dense model's folder.
+        texts: calibration text, in the dense model's tokens.
+        widths: of each layer.
+        tokens: how many to keep; None: all.
+        corpus: text on which they are counted.
+        out: the folder to write.
+        origin: what the plan notes of where it came from.
+        stage: its name in `progress`.
+
+    Raises:
+        BadInput: a corpus or a checkpoint that does not fit, or a full disk.
+        StageFailed: calibration text that does not determine the weights.
+    """
+    done = _stage(progress, stage)
+    if tokens is None:
+        return prune_compensated(source, windows_of(texts), widths, COMPENSATION, out, origin=origin, progress=done)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.vocabulary.", dir=out.parent) as scratch:
         small = Path(scratch) / "small"
-        with_vocabulary(model.folder, corpus, size, small, progress=progress)
+        with_vocabulary(source, corpus, tokens, small, progress=progress)
+        # The layers are solved on text as the new tokens have it, for that is what they will read.
         ids = windows_of(retokenized(texts, load_tokenizer(small)))
-        return prune_compensated(small, ids, widths, COMPENSATION, out, origin=origin, progress=compensating)
-
-
-def retokenized(texts: TextSet, tokenizer: Any) -> TextSet:
-    """The same texts in another tokenizer's tokens."""
-    ids = tuple(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts.texts)
-    return TextSet(texts.texts, ids, texts.source)
+        return prune_compensated(small, ids, widths, COMPENSATION, out, origin=origin, progress=done)

@@ -6,7 +6,7 @@ candidate then runs over the same windows in a process of its own, and is compar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,20 +63,59 @@ class Quality(TextQuality):
     reference: str  # key of the reference
 
 
-def quality_from_json(record: Mapping[str, Any]) -> Quality | TextQuality:
-    """The `Quality` (or `TextQuality`, where nothing was compared) of a record made by `to_json`.
+@dataclass(frozen=True, kw_only=True)
+class CrossQuality(TextQuality):
+    """How well a file with other tokens than the dense model's predicts the text that the dense model was judged on.
+
+    Distributions over other tokens have no KL divergence to the reference's; both give the text a likelihood. The loss
+    over dense is the rise of the text's negative log-likelihood, in nats per token of the dense tokenizer.
+    """
+
+    over_nats: Interval  # loss over dense, over windows
+    over_windows: tuple[float, ...]
+    reference: str  # key of the reference
+
+
+def loss_over_dense(quality: TextQuality, dense: Sequence[float]) -> tuple[float, ...]:
+    """How much less likely a file finds the held-out text than the dense model does: a value a window.
+
+    It is the one figure that files with any tokenizer have. Where the dense model p wrote the text itself, it estimates
+    the KL divergence: E[log p(x) - log q(x)] over x ~ p is KL(p || q) by definition, and by the chain rule the sum over
+    the tokens of x of the divergences between next-token distributions. (Written text is sampled without special tokens
+    and sifted, so on it this is nearly so; a file with other tokens is judged by one way to spell the text of several,
+    which makes its loss, if anything, too large.)
+
+    Args:
+        quality: measured on the reference's windows.
+        dense: the dense model's negative log-likelihood in each window, nats per token.
+
+    Returns:
+        (windows,), nats per token of the dense tokenizer.
+
+    Raises:
+        BadInput: it was measured on other windows, or on a text without a reference.
+    """
+    if isinstance(quality, CrossQuality):
+        return quality.over_windows
+    if not isinstance(quality, Quality) or len(quality.nll_windows) != len(dense):
+        raise BadInput("the file was not measured on the reference's windows", remedy="evaluate it again")
+    return tuple(own - other for own, other in zip(quality.nll_windows, dense, strict=True))
+
+
+def quality_from_json(record: Mapping[str, Any]) -> TextQuality:
+    """The `Quality`, `CrossQuality` or (where nothing was compared) `TextQuality` of a record made by `to_json`.
 
     Raises:
         BadInput: fields are missing or not as expected.
     """
     if record.get("schema_version") != SCHEMA:
         raise BadInput(f"quality record has schema {record.get('schema_version')!r}, this version reads {SCHEMA}")
-    kind = Quality if "kl_nats" in record else TextQuality
+    kind = Quality if "kl_nats" in record else CrossQuality if "over_nats" in record else TextQuality
     values = {key: value for key, value in record.items() if key != "schema_version"}
     try:
-        for key in {"nll_nats", "kl_nats", "top1"} & values.keys():
+        for key in {"nll_nats", "kl_nats", "top1", "over_nats"} & values.keys():
             values[key] = Interval(**values[key])
-        for key in {"nll_windows", "kl_windows"} & values.keys():
+        for key in {"nll_windows", "kl_windows", "over_windows"} & values.keys():
             values[key] = tuple(values[key])
         values["measured_on"] = MeasuredOn(**values["measured_on"])
         return kind(**values)
@@ -131,7 +170,7 @@ def measure(runtime: Runtime, reference: Reference, *, progress: Progress | None
             totals.add(compare(logits, window[1:], reference.coded(i)), reference.n_bytes[i])
         report(progress, "quality", i + 1, len(reference.windows))
     return Quality(
-        **_text_fields(totals, runtime.name, reference.text),
+        **text_fields(totals, runtime.name, reference.text),
         kl_nats=mean_interval(totals.kl),
         top1=mean_interval(totals.agree),
         kl_windows=tuple(totals.kl),
@@ -162,7 +201,7 @@ def measure_text(runtime: Runtime, text: str, *, length: int = 512, progress: Pr
         with finite_logits(runtime.name):
             totals.add(compare(logits, window[1:]), n_bytes)
         report(progress, "quality", i + 1, count)
-    return TextQuality(**_text_fields(totals, runtime.name, text))
+    return TextQuality(**text_fields(totals, runtime.name, text))
 
 
 def evaluate(
@@ -224,7 +263,8 @@ def evaluate_text_in_process(
         return measure_text(opened, text, length=length, progress=progress).to_json()
 
 
-def _text_fields(totals: Accumulator, runtime: str, text: str) -> dict[str, Any]:
+def text_fields(totals: Accumulator, runtime: str, text: str) -> dict[str, Any]:
+    """The fields of `TextQuality`, from sums over windows of `text`."""
     means = tuple(total / n for total, n in zip(totals.nll, totals.tokens, strict=True))
     return {
         "perplexity": totals.perplexity,

@@ -12,7 +12,7 @@ import os
 import platform
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,13 @@ import edgeprune
 from edgeprune.candidates import RATIOS
 from edgeprune.errors import BadInput
 from edgeprune.files import sha256
-from edgeprune.quality import Quality, quality_from_json
+from edgeprune.metrics import mean_interval
+from edgeprune.quality import TextQuality, loss_over_dense, quality_from_json
+from edgeprune.vocabulary_counts import corpus
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitOptions, FitResult
+    from edgeprune.vocabulary_plan import VocabularyPlan
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")
@@ -38,7 +41,8 @@ class Trial:
         candidate: its name.
         status: "ok", or how it ended ("oom", "crash", "timeout", "failed").
         reason: one line on that; None if ok.
-        quality: of the exported file in its runtime; None if it failed.
+        quality: of the exported file in its runtime, compared with the dense model's distributions or, where the file
+            has other tokens, with its likelihood of the text; None if it failed.
         speed: llama-bench records measured on this machine, by test ("pp512", "tg128"); empty if not measured.
         files: file name -> {"sha256", "bytes"} of what was exported.
         seconds: how long it took.
@@ -48,7 +52,7 @@ class Trial:
     candidate: str
     status: str
     reason: str | None
-    quality: Quality | None
+    quality: TextQuality | None
     speed: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -145,12 +149,12 @@ def fit_record(
     *,
     model_hash: str,
     calibration: dict[str, Any],
-    held_out: dict[str, Any],
+    plan: VocabularyPlan | None,
     options: FitOptions,
     seconds: float,
 ) -> dict[str, Any]:
     """The record of a whole run, `fit.json`: everything that was considered, measured and chosen, and on what."""
-    proposal = result.proposal
+    proposal, judged_on = result.proposal, result.judged_on
     trials = {candidate.name: (candidate, trial) for candidate, trial in result.trials}
     candidates = []
     for proposed in proposal.candidates:
@@ -160,6 +164,9 @@ def fit_record(
             entry |= {
                 key: value for key, value in trial.to_json().items() if key not in ("schema_version", "candidate")
             }
+            if trial.quality is not None:
+                over = mean_interval(loss_over_dense(trial.quality, judged_on.nll))
+                entry["loss_over_dense_nats"] = asdict(over)
         candidates.append(entry)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -167,7 +174,13 @@ def fit_record(
         "budget": proposal.budget.model_dump(mode="json"),
         "model": {"name": proposal.model, "sha256": model_hash, "parameters": proposal.shape.parameters},
         "calibration": calibration,
-        "held_out": held_out,
+        "held_out": {
+            "source": judged_on.source,
+            "scripts": dict(judged_on.scripts),
+            "reference": judged_on.reference,
+            "dense_perplexity": judged_on.dense_perplexity,
+        },
+        "corpus": _corpus_record(result, options, plan),
         "candidates": candidates,
         "chosen": result.chosen.name,
         "verdict": result.verdict,
@@ -175,6 +188,22 @@ def fit_record(
         "environment": environment(),
         "commands": {"again": _command(result, options)},
         "seconds": round(seconds, 1),
+    }
+
+
+def _corpus_record(result: FitResult, options: FitOptions, plan: VocabularyPlan | None) -> dict[str, Any] | None:
+    """The text on which tokens were, or would have been, counted, and what came of it; None without one."""
+    if not options.corpus:
+        return None
+    found = corpus(options.corpus_paths)
+    return {
+        "files": list(found.names),
+        "bytes": found.n_bytes,
+        "sha256": found.hash,
+        "options": [asdict(option) for option in result.proposal.vocabulary],
+        "tokens_before": result.proposal.shape.vocab,
+        "tokens_left": result.chosen.shape.vocab,
+        "counted_on": None if plan is None else plan.counted_on(),
     }
 
 
@@ -204,4 +233,5 @@ def _command(result: FitResult, options: FitOptions) -> str:
         if value is not None
         for word in (key, f"{value:g}" if isinstance(value, float) else str(value))
     ]
+    words += [word for path in options.corpus for word in ("--corpus", str(path))]
     return shlex.join(["edgeprune", "fit", *words, *(["--uniform"] if options.uniform else [])])

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.candidates import Candidate
 from edgeprune.files import atomic_file, write_text
+from edgeprune.judging import distance_interval, has_kl
+from edgeprune.metrics import Interval
+from edgeprune.quality import Quality
 from edgeprune.record import Trial
 
 if TYPE_CHECKING:
@@ -28,27 +31,37 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def write_plot(
-    pairs: Sequence[tuple[Candidate, Trial]], chosen: Candidate, wanted_tps: float | None, device: str, path: Path
+    pairs: Sequence[tuple[Candidate, Trial]],
+    chosen: Candidate,
+    dense: Sequence[float],
+    wanted_tps: float | None,
+    device: str,
+    path: Path,
 ) -> None:
-    """The Pareto plot as PNG: measured KL to dense (lower is better) against predicted tokens/s, with the budget."""
+    """The Pareto plot as PNG: measured distance to dense (lower is better) against predicted tokens/s, with the budget.
+
+    The distance is the KL divergence or, where a candidate has none for its other tokens, all candidates' loss over
+    dense; `dense` is the dense model's negative log-likelihood in each window.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    shown = [(c, t.quality) for c, t in pairs if t.quality is not None]
+    kl = has_kl([trial for _, trial in pairs])
+    shown = [(c, distance_interval(t.quality, dense, kl=kl)) for c, t in pairs if t.quality is not None]
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     colours = {"llamacpp": "#1f77b4", "onnxruntime": "#d95f02"}
-    points = [(c.cost.decode_tps.value, max(q.kl_nats.mean, 1e-6)) for c, q in shown]
-    for (candidate, quality), (x, y) in zip(shown, points, strict=True):
-        speed, kl = candidate.cost.decode_tps, quality.kl_nats
+    points = [(c.cost.decode_tps.value, max(far.mean, 1e-6)) for c, far in shown]
+    for (candidate, far), (x, y) in zip(shown, points, strict=True):
+        speed = candidate.cost.decode_tps
         axes.errorbar(
             x,
             y,
             xerr=[[x - speed.low], [speed.high - x]],
-            yerr=[[max(0.0, y - max(kl.low, 1e-6))], [max(0.0, kl.high - y)]],
+            yerr=[[max(0.0, y - max(far.low, 1e-6))], [max(0.0, far.high - y)]],
             fmt="*" if candidate.name == chosen.name else "o",
             markersize=15 if candidate.name == chosen.name else 6,
             color=colours.get(candidate.target.runtime, "#555555"),
@@ -81,7 +94,7 @@ def write_plot(
     speeds = [x for x, _ in points] + ([wanted_tps] if wanted_tps else [])
     axes.set_xlim(0.7 * min(speeds), 1.35 * max(speeds))
     axes.set_xlabel(f"predicted decode on {device}, tokens/s (interval of the prediction)")
-    axes.set_ylabel("measured KL to dense, nats a token (95 % interval)")
+    axes.set_ylabel(f"measured {'KL to' if kl else 'loss over'} dense, nats a token (95 % interval)")
     if not all(c.fits for c, _ in shown):
         axes.plot([], [], "o", color="#333333", alpha=0.4, label="does not fit")
     for runtime in sorted({c.target.runtime for c, _ in shown}):
@@ -100,6 +113,7 @@ def _label(axes: Any, shown: Sequence[tuple[Candidate, Any]], points: Sequence[t
         candidate = shown[i][0]
         share = "dense" if candidate.dense else f"−{100 * candidate.plan.reached_ratio:.0f} %"
         scope = " MLP" if candidate.plan.scope == "mlp" and not candidate.dense else ""
+        scope += f" {candidate.vocabulary} tokens" if candidate.vocabulary else ""
         axes.annotate(
             f"{candidate.target.quantisation} {share}{scope}",
             points[i],
@@ -116,47 +130,83 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def measured_rows(pairs: Sequence[tuple[Candidate, Trial]], chosen: Candidate) -> list[list[str]]:
-    """One row a measured candidate, best quality first; failures last, with their reason."""
+def measured_table(result: FitResult) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the measured candidates, best quality first; failures last, with their reason.
+
+    Where one has other tokens than the dense model, a column has the one figure that all have, by which the choice is.
+    """
+    dense = result.judged_on.nll
+    kl = has_kl([trial for _, trial in result.trials])
+    header = [
+        "candidate",
+        "tokens/s, predicted",
+        "memory MiB, predicted",
+        "size MiB, measured",
+        *([] if kl else ["loss over dense, measured"]),
+        "KL to dense, measured",
+        "top-1",
+        "perplexity",
+        "bits/byte",
+    ]
+
+    def far(pair: tuple[Candidate, Trial]) -> float:
+        quality = pair[1].quality
+        return float("inf") if quality is None else distance_interval(quality, dense, kl=kl).mean
+
     rows = []
-    for candidate, trial in sorted(pairs, key=lambda p: p[1].quality.kl_nats.mean if p[1].quality else float("inf")):
-        name = f"**{candidate}**" if candidate.name == chosen.name else str(candidate)
+    for candidate, trial in sorted(result.trials, key=far):
+        name = f"**{candidate}**" if candidate.name == result.chosen.name else str(candidate)
         name += "" if candidate.fits else " (does not fit)"
         size = sum(f["bytes"] for f in trial.files.values()) / (1 << 20)
-        common = [name, str(candidate.cost.decode_tps), str(candidate.cost.memory_mib), f"{size:.1f}" if size else "–"]
-        if trial.quality is None:
-            rows.append([*common, f"{trial.status}: {trial.reason}", "", "", ""])
+        row = [name, str(candidate.cost.decode_tps), str(candidate.cost.memory_mib), f"{size:.1f}" if size else "–"]
+        quality = trial.quality
+        if quality is None:
+            row.append(f"{trial.status}: {trial.reason}")
+            rows.append(row + [""] * (len(header) - len(row)))
             continue
-        kl, top1 = trial.quality.kl_nats, trial.quality.top1
-        rows.append(
-            [
-                *common,
-                f"{kl.mean:.4f} ({kl.low:.4f}–{kl.high:.4f})",
-                f"{100 * top1.mean:.1f} %",
-                f"{trial.quality.perplexity:.2f}",
-                f"{trial.quality.bits_per_byte:.3f}",
-            ]
+        if not kl:
+            row.append(_interval(distance_interval(quality, dense, kl=False)))
+        if isinstance(quality, Quality):
+            row += [_interval(quality.kl_nats), f"{100 * quality.top1.mean:.1f} %", f"{quality.perplexity:.2f}"]
+        else:  # of other tokens: there is none, and a perplexity that compares with nothing
+            row += ["–", "–", "–"]
+        rows.append([*row, f"{quality.bits_per_byte:.3f}"])
+    return header, rows
+
+
+def _interval(of: Interval) -> str:
+    return f"{of.mean:.4f} ({of.low:.4f}–{of.high:.4f})"
+
+
+def _vocabulary_section(record: dict[str, Any]) -> list[str]:
+    """What became of the corpus that was given, in Markdown; nothing where none was."""
+    corpus = record["corpus"]
+    if corpus is None:
+        return []
+    lines = ["## Vocabulary"]
+    files = ", ".join(corpus["files"][:4]) + (" …" if len(corpus["files"]) > 4 else "")
+    if not corpus["options"]:
+        return [*lines, f"Nothing had to go, so every token stays; the corpus ({files}) was not counted."]
+    left, before = corpus["tokens_left"], corpus["tokens_before"]
+    if corpus["counted_on"]:
+        lines.append(
+            f"Of {before:,} tokens {left:,} are left, {corpus['counted_on']}: text unlike it is read as more tokens."
         )
-    return rows
-
-
-MEASURED_HEADER = (
-    "candidate",
-    "tokens/s, predicted",
-    "memory MiB, predicted",
-    "size MiB, measured",
-    "KL to dense, measured",
-    "top-1",
-    "perplexity",
-    "bits/byte",
-)
+    else:
+        lines.append(f"All {before:,} tokens stay in what was chosen; they were judged by their use in {files}.")
+    rows = [[f"{option['size']:,}", f"{option['damage']:.4f}"] for option in corpus["options"]]
+    return [
+        *lines,
+        "What fewer tokens alone cost the dense model on the calibration text, nats per dense token:",
+        _table(["tokens left", "measured damage"], rows),
+    ]
 
 
 def write_report(result: FitResult, record: dict[str, Any]) -> None:
     """Write `report.md` and the plot into the run's folder."""
     proposal, budget = result.proposal, result.proposal.budget
     plot = result.out / PLOT
-    write_plot(result.trials, result.chosen, budget.min_tokens_per_s, proposal.profile.name, plot)
+    write_plot(result.trials, result.chosen, result.judged_on.nll, budget.min_tokens_per_s, proposal.profile.name, plot)
     limits = {
         "decode, tokens/s, at least": budget.min_tokens_per_s,
         "memory, MiB, at most": budget.max_memory_mib,
@@ -193,8 +243,13 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         f"Device: {proposal.profile.description}. Speeds and memory for it are predicted from its profile, with the "
         "profile's interval; quality is measured on the exported file in its runtime.",
         "## Measured candidates",
-        _table(MEASURED_HEADER, measured_rows(result.trials, result.chosen)),
+        _table(*measured_table(result)),
     ]
+    if not has_kl([trial for _, trial in result.trials]):
+        sections.append(
+            "Distributions over other tokens have no KL divergence to the dense model's. Such candidates are compared "
+            "with the others by the loss over dense: how much less likely the text is, in nats per dense token."
+        )
     if measured_here:
         sections += [
             "## Speed, measured on this machine",
@@ -205,10 +260,11 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         f"{len(proposal.candidates)} candidates, {len(dropped)} of them predicted not to fit. Of each target the least "
         "pruned that fits is worth measuring.",
         _table(["target", "candidates", "least pruned that fits", "why dense does not fit"], searched),
+        *_vocabulary_section(record),
         "## Data",
         _table(
             ["use", "source"],
-            [["calibration", record["calibration"]["source"]], ["held out", record["held_out"]["source"]]],
+            [["calibration", record["calibration"]["source"]], ["held out", str(result.judged_on)]],
         ),
         f"The dense model, unquantised, has perplexity {record['held_out']['dense_perplexity']:.2f} on held-out text.",
         "## Again",

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING
 from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
 from edgeprune.devices import Budget
+from edgeprune.errors import BadInput, NothingFits
 from edgeprune.files import cache_dir
 from edgeprune.importance import Scores
+from edgeprune.judging import Measured
 from edgeprune.proposal import Proposal, plans, propose
-from edgeprune.pruning import cached_damage
+from edgeprune.pruning import cached_damage, vocabulary_damage
+from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
+from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates, pruned_candidates, worth_making
+from edgeprune.vocabulary_counts import corpus
+from edgeprune.vocabulary_damage import VocabularyOption, smaller_sizes
 from edgeprune.workshop import Workshop, trial_key
 
 if TYPE_CHECKING:
@@ -27,7 +33,31 @@ if TYPE_CHECKING:
 LIMIT_AMP, LIMIT_OBS = 10, 2
 
 Progress = Callable[[str, int, int], None]
-Measured = tuple[Candidate, Trial]
+
+
+def fewer_tokens_may_fit(proposal: Proposal, source: Path, settings: FitOptions) -> bool:
+    """Whether the smallest vocabulary that would be tried could meet the budget. Arithmetic only.
+
+    Raises:
+        BadInput: a corpus is given, and a tokenizer whose vocabulary cannot be pruned.
+    """
+    if settings.method != OBS:
+        return False
+    try:
+        sizes = smaller_sizes(source)
+    except BadInput:
+        if settings.corpus:
+            raise
+        return False
+    if not sizes:
+        return False
+    small = replace(proposal.shape, vocab=sizes[-1])
+    return propose("", small, proposal.profile, proposal.budget, settings.targets).n_feasible > 0
+
+
+def nothing_fits(proposal: Proposal, source: Path, settings: FitOptions) -> NothingFits:
+    """The error for a budget that no candidate meets; it names a corpus as the remedy where that may be one."""
+    return proposal.nothing_fits(fewer_tokens=not settings.corpus and fewer_tokens_may_fit(proposal, source, settings))
 
 
 def by_scores(proposal: Proposal, scores: Scores, settings: FitOptions) -> Proposal:
@@ -70,7 +100,8 @@ def by_damage(
     """Every rounding of the dense model first; then the least damaged plans for those that do not fit.
 
     What rounding costs is measured on the dense model, what narrowing costs is in the damage table, and their sum tells
-    which plans are worth making.
+    which plans are worth making. With a corpus, fewer tokens are one more way to narrow, measured only now that
+    something has to go.
     """
     shape, profile, budget = proposal.shape, proposal.profile, proposal.budget
     dense = dense_candidates(shape, settings.targets, profile, budget, model_hash)
@@ -79,15 +110,28 @@ def by_damage(
     if all(candidate.fits for candidate, _ in trials):
         return proposal, trials
     table = cached_damage(source, model_hash, calibration, progress=progress)
-    pruned = pruned_candidates(table, shape, [c for c, _ in trials], profile, budget, uniform=settings.uniform)
-    qualities = {str(c.target): t.quality.kl_nats.mean for c, t in trials if t.quality is not None}
+    vocabulary: tuple[VocabularyOption, ...] = ()
+    paths = settings.corpus_paths
+    if paths:
+        vocabulary = vocabulary_damage(source, model_hash, calibration, paths, progress=progress)
+    pruned = pruned_candidates(
+        table,
+        shape,
+        [c for c, _ in trials],
+        profile,
+        budget,
+        uniform=settings.uniform,
+        vocabulary=vocabulary,
+        corpus=corpus(paths).hash if paths else "",
+    )
+    qualities = {str(c.target): t.quality.kl_nats.mean for c, t in trials if isinstance(t.quality, Quality)}
     best_dense = min(
         (qualities[str(c.target)] for c, _ in trials if c.fits and str(c.target) in qualities), default=inf
     )
     made = worth_making(pruned, qualities, settings.limit or LIMIT_OBS, best_dense=best_dense)
-    proposal = replace(proposal, candidates=(*dense, *pruned), to_measure=(*dense, *made))
+    proposal = replace(proposal, candidates=(*dense, *pruned), to_measure=(*dense, *made), vocabulary=vocabulary)
     if not made and best_dense == inf:
-        raise proposal.nothing_fits()
+        raise nothing_fits(proposal, source, settings)
     return proposal, trials + measure(replace(proposal, to_measure=tuple(made)), progress=progress)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.allocation import Options, allocate
+from edgeprune.allocation import Group, Options, allocate
 from edgeprune.candidates import Candidate, candidate_of, cost_of, kv_bytes, usable_targets
 from edgeprune.cost import DEFAULT_DEPTH, MIB, OVERHEAD_MIB, bytes_allowed, bytes_read_per_token, judge
 from edgeprune.damage import DamageTable
@@ -22,6 +23,9 @@ from edgeprune.errors import NothingFits
 from edgeprune.plan import WidthPlan, keep_all
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.targets import Target
+
+if TYPE_CHECKING:
+    from edgeprune.vocabulary_damage import VocabularyOption
 
 Array = NDArray[np.float64]
 
@@ -62,11 +66,13 @@ def best_plan(
     budget: Budget,
     *,
     uniform: bool,
+    vocabulary: Sequence[VocabularyOption] = (),
 ) -> WidthPlan:
     """The plan of least predicted damage with which `target` meets the budget.
 
     Args:
         uniform: all layers alike.
+        vocabulary: numbers of tokens to choose among; none: all stay.
 
     Raises:
         NothingFits: no widths meet it.
@@ -74,33 +80,41 @@ def best_plan(
     most = limits(shape, target, profile, budget)
     align = target.format.alignment(target.quantisation)
 
-    def fits(layers: tuple[LayerShape, ...]) -> bool:
-        return not judge(cost_of(shape.with_layers(layers), target, profile, budget), budget, profile)
+    def fits(after: ModelShape) -> bool:
+        return not judge(cost_of(after, target, profile, budget), budget, profile)
 
     if uniform:
-        layers = uniform_widths(table, shape, align, fits)
+        layers, tokens = uniform_widths(table, shape, align, fits, vocabulary)
     else:
-        layers = per_layer_widths(table, shape, lambda s: sizes(s, target, budget), most, align, fits)
-    return width_plan(table, shape, layers)
-
-
-def width_plan(table: DamageTable, shape: ModelShape, layers: tuple[LayerShape, ...]) -> WidthPlan:
-    """A plan of these widths with what they remove and their predicted damage."""
-    reached = 1 - shape.with_layers(layers).parameters / shape.parameters
-    return WidthPlan(layers, METHOD, reached, reached, table.damage(layers))
+        layers, tokens = per_layer_widths(
+            table, shape, lambda s: sizes(s, target, budget), most, align, fits, vocabulary
+        )
+    lost = next((option.damage for option in vocabulary if option.size == tokens), 0.0)
+    plan = WidthPlan(
+        layers, METHOD, 0.0, 0.0, table.damage(layers) + lost, vocabulary=tokens if tokens != shape.vocab else None
+    )
+    reached = 1 - plan.shape_after(shape).parameters / shape.parameters
+    return replace(plan, asked_ratio=reached, reached_ratio=reached)
 
 
 Sizes = Callable[[ModelShape], Array]
-Fits = Callable[[tuple[LayerShape, ...]], bool]
+Fits = Callable[[ModelShape], bool]
 
 
 def per_layer_widths(
-    table: DamageTable, shape: ModelShape, sizes_of: Sizes, most: Array, align: int, fits: Fits
-) -> tuple[LayerShape, ...]:
-    """Widths of each layer by mixed-integer programming.
+    table: DamageTable,
+    shape: ModelShape,
+    sizes_of: Sizes,
+    most: Array,
+    align: int,
+    fits: Fits,
+    vocabulary: Sequence[VocabularyOption] = (),
+) -> tuple[tuple[LayerShape, ...], int]:
+    """Widths of each layer and the number of tokens, by mixed-integer programming.
 
     Sizes of a layer's options are those of a layer in the middle: in mixtures of types a few layers get more bits, so
-    the whole is checked, and the limits tightened by what it is over.
+    the whole is checked, and the limits tightened by what it is over. A smaller vocabulary costs what the dense model
+    would cost with it, less what it costs.
     """
     middle = len(shape.layers) // 2
     absent = LayerShape(0, 0, 0)
@@ -120,30 +134,46 @@ def per_layer_widths(
     whole = sizes_of(shape)
     fixed = whole - len(shape.layers) * (whole - without)
     room = (most - fixed)[limited]
+    shapes = [replace(shape, vocab=option.size) for option in vocabulary] or [shape]
+    tokens = Group(
+        np.array([option.damage for option in vocabulary] or [0.0]),
+        np.array([(sizes_of(each) - whole)[limited] for each in shapes]),
+    )
+    options = Options(align=align, heads=not shape.fixed_heads)
     for _ in range(_ROUNDS):
-        layers, _ = allocate(table, shape, cost, room.tolist(), Options(align=align, heads=not shape.fixed_heads))
-        if fits(layers):
-            return layers
-        over = sizes_of(shape.with_layers(layers))[limited] - most[limited]
+        layers, index = allocate(table, shape, cost, room.tolist(), options, tokens)
+        after = shapes[index].with_layers(layers)
+        if fits(after):
+            return layers, after.vocab
+        over = sizes_of(after)[limited] - most[limited]
         room = room - np.maximum(over, 1e-3 * np.abs(room))
     raise NothingFits("no choice of widths meets the budget", remedy="relax it, or take a smaller model")
 
 
-def uniform_widths(table: DamageTable, shape: ModelShape, align: int, fits: Fits) -> tuple[LayerShape, ...]:
-    """One width for all layers: of all that fit, the one of least predicted damage."""
+def uniform_widths(
+    table: DamageTable, shape: ModelShape, align: int, fits: Fits, vocabulary: Sequence[VocabularyOption] = ()
+) -> tuple[tuple[LayerShape, ...], int]:
+    """One width for all layers, and the number of tokens: of all that fit, those of least predicted damage.
+
+    Raises:
+        NothingFits: none fit.
+    """
     dense, count = shape.layers[0], len(shape.layers)
     widths = sorted({dense.neurons, *range(align, dense.neurons, align)}, reverse=True)
-    found: list[tuple[LayerShape, ...]] = []
-    for option in table.attention[0]:
-        if not option.heads or (shape.fixed_heads and option.heads != dense.heads):
-            continue
-        # Narrower ones fit too, and lose more.
-        alike = ((LayerShape(option.heads, option.kv_heads, neurons),) * count for neurons in widths)
-        if widest := next((layers for layers in alike if fits(layers)), None):
-            found.append(widest)
+    found: list[tuple[float, tuple[LayerShape, ...], int]] = []
+    for size, damage in [(option.size, option.damage) for option in vocabulary] or [(shape.vocab, 0.0)]:
+        left = replace(shape, vocab=size)
+        for option in table.attention[0]:
+            if not option.heads or (shape.fixed_heads and option.heads != dense.heads):
+                continue
+            # Narrower ones fit too, and lose more.
+            alike = ((LayerShape(option.heads, option.kv_heads, neurons),) * count for neurons in widths)
+            if widest := next((layers for layers in alike if fits(left.with_layers(layers))), None):
+                found.append((damage + table.damage(widest), widest, size))
     if not found:
         raise NothingFits("no width for all layers meets the budget", remedy="relax it, or allow per-layer widths")
-    return min(found, key=table.damage)
+    _, layers, size = min(found, key=lambda each: each[0])
+    return layers, size
 
 
 def dense_candidates(
@@ -166,10 +196,17 @@ def pruned_candidates(
     budget: Budget,
     *,
     uniform: bool,
+    vocabulary: Sequence[VocabularyOption] = (),
+    corpus: str = "",
 ) -> list[Candidate]:
     """For every target with which the dense model does not fit, the least damaged plan with which it does.
 
     A target that carries no widths of each layer's own, for this family, gets a uniform plan.
+
+    Args:
+        uniform: all layers alike, whatever the target.
+        vocabulary: numbers of tokens to choose among; none: all stay.
+        corpus: SHA-256 of the text on which the tokens to keep are counted.
     """
     found = []
     for candidate in dense:
@@ -177,9 +214,11 @@ def pruned_candidates(
             continue
         alike = uniform or not candidate.target.format.per_layer(shape)
         try:
-            plan = best_plan(table, shape, candidate.target, profile, budget, uniform=alike)
+            plan = best_plan(table, shape, candidate.target, profile, budget, uniform=alike, vocabulary=vocabulary)
         except NothingFits:
             continue
+        if plan.vocabulary:
+            plan = replace(plan, corpus=corpus)
         made = candidate_of(plan, shape, candidate.target, profile, budget)
         if alike and not uniform:
             note = f"all layers alike: {candidate.target.format.name} holds no others of family {shape.family.name}"

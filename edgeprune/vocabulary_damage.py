@@ -22,7 +22,14 @@ from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 from edgeprune.vocabulary import smallest
 from edgeprune.vocabulary_counts import corpus
-from edgeprune.vocabulary_plan import VocabularyPlan, folder_vocabulary, plan_vocabulary, wanted_size
+from edgeprune.vocabulary_plan import (
+    MULTIPLE,
+    VocabularyPlan,
+    folder_vocabulary,
+    plan_vocabulary,
+    row_parameters,
+    wanted_size,
+)
 from edgeprune.vocabulary_surgery import prune_vocabulary
 
 SCHEMA_VERSION = 1
@@ -62,6 +69,19 @@ def text_loss(folder: Path, texts: Sequence[str]) -> tuple[float, int]:
     return total, count
 
 
+def smaller_sizes(source: Path) -> list[int]:
+    """The numbers of tokens that are tried for the model in `source`, largest first; no forward pass.
+
+    Raises:
+        BadInput: a tokenizer whose vocabulary cannot be pruned.
+    """
+    shape = Checkpoint(source).shape
+    least = smallest(folder_vocabulary(source, shape.vocab))
+    room = (shape.vocab - 2 * MULTIPLE) * row_parameters(shape) / shape.parameters
+    wanted = {wanted_size(shape, ratio=share) for share in SHARES if share < room}
+    return sorted((size for size in wanted if size >= least), reverse=True)
+
+
 def measure_vocabulary(
     source: Path, model_hash: str, paths: Sequence[Path], judged: Sequence[str], *, progress: Progress | None = None
 ) -> tuple[VocabularyOption, ...]:
@@ -84,12 +104,10 @@ def measure_vocabulary(
     path = cache_dir() / "damage" / f"vocabulary-{key}.json"
     if path.exists():
         return tuple(VocabularyOption(**option) for option in read_json(path)["options"])
-    shape = Checkpoint(source).shape
-    least = smallest(folder_vocabulary(source, shape.vocab))
     dense, tokens = text_loss(source, judged)
-    options = [VocabularyOption(shape.vocab, 0.0)]
-    sizes = sorted({wanted_size(shape, size=None, ratio=share) for share in SHARES}, reverse=True)
-    for done, size in enumerate(size for size in sizes if size >= least):
+    options = [VocabularyOption(Checkpoint(source).shape.vocab, 0.0)]
+    sizes = smaller_sizes(source)
+    for done, size in enumerate(sizes):
         if progress:
             progress("measuring smaller vocabularies", done, len(sizes))
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as scratch:

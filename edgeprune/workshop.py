@@ -6,22 +6,31 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
+from edgeprune.cross_quality import evaluate_across
 from edgeprune.errors import StageFailed
+from edgeprune.files import atomic_folder
+from edgeprune.heldout import stretches
 from edgeprune.imatrix import provide_imatrix
-from edgeprune.plan import PrunePlan
-from edgeprune.quality import evaluate
+from edgeprune.models import copy_companions
+from edgeprune.plan import PrunePlan, WidthPlan
+from edgeprune.quality import TextQuality, evaluate
 from edgeprune.record import SCHEMA_VERSION, Trial, environment, files_of
+from edgeprune.reference import load_reference
 from edgeprune.runtimes.bench import bench
+from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.runtimes.records import to_dict
 from edgeprune.shape import ModelShape
 from edgeprune.surgery import PLAN_FILE
 from edgeprune.targets import IMATRIX
+from edgeprune.vocabulary_plan import PLAN_FILE as VOCABULARY_PLAN
+from edgeprune.vocabulary_plan import VocabularyPlan
 
 TIMEOUT_S = 1800.0
 BENCH_CONTEXT = 513  # what pp512 and the token after it need
@@ -57,7 +66,7 @@ class Workshop:
 
     def export(self, candidate: Candidate, progress: Progress | None = None) -> Path:
         """The exported file or folder of a candidate, made at first use."""
-        out = self.folder / (candidate.name + candidate.target.format.suffix)
+        out = self.folder / (_stem(candidate) + candidate.target.format.suffix)
         if out.exists():
             return out
         scratch = self._scratch(candidate)
@@ -71,6 +80,9 @@ class Workshop:
                         shutil.rmtree(old)
                 self.make(candidate, checkpoint, progress)
             shutil.copyfile(checkpoint / PLAN_FILE, self._plan_file(candidate))
+            if candidate.vocabulary:
+                with atomic_folder(self._beside(candidate)) as kept:
+                    copy_companions(checkpoint, kept)
         scratch.mkdir(parents=True, exist_ok=True)
         if candidate.target.needs_imatrix:
             provide_imatrix(checkpoint, scratch / IMATRIX, texts=self.texts)
@@ -82,8 +94,54 @@ class Workshop:
             return candidate.plan
         return PrunePlan.load(self._plan_file(candidate), shape)
 
+    def companions(self, candidate: Candidate) -> Path:
+        """The folder with the tokenizer of an exported candidate, and what else belongs beside its weights."""
+        return self._beside(candidate) if candidate.vocabulary else self.source
+
+    def vocabulary_plan(self, candidate: Candidate) -> VocabularyPlan | None:
+        """Which tokens an exported candidate keeps; None where it keeps the dense model's."""
+        return VocabularyPlan.load(self._beside(candidate) / VOCABULARY_PLAN) if candidate.vocabulary else None
+
     def _plan_file(self, candidate: Candidate) -> Path:
-        return self.folder / f"{candidate.name}.plan.json"
+        return self.folder / f"{_stem(candidate)}.plan.json"
+
+    def _beside(self, candidate: Candidate) -> Path:
+        return self.folder / f"{_stem(candidate)}.companions"
+
+    @cached_property
+    def _texts_of_windows(self) -> list[str]:
+        """The text of each of the reference's windows."""
+        reference, tokenizer = load_reference(self.reference), load_tokenizer(self.source)
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+        return stretches(decode, reference.windows, reference.text)
+
+    def _quality(self, candidate: Candidate, path: Path, progress: Callable[[dict[str, Any]], None]) -> TextQuality:
+        """How good an exported candidate is, on the reference's windows."""
+        runtime = candidate.target.runtime
+        if not candidate.vocabulary:
+            return evaluate(
+                path,
+                self.reference,
+                runtime=runtime,
+                threads=self.threads,
+                timeout_s=TIMEOUT_S,
+                progress=progress,
+            )
+        # With fewer tokens the same text is more of them: room for twice as many as the dense model reads at once.
+        length = len(load_reference(self.reference).windows[0])
+        return evaluate_across(
+            path,
+            self.reference,
+            self._texts_of_windows,
+            n_ctx=min(2 * length, candidate.shape.max_positions),
+            runtime=runtime,
+            threads=self.threads,
+            timeout_s=TIMEOUT_S,
+            progress=progress,
+        )
 
     def _scratch(self, candidate: Candidate) -> Path:
         """What a candidate's plan is made in: the checkpoint and the unquantised file."""
@@ -107,14 +165,7 @@ class Workshop:
                 progress(stage, 0, 0)
             path = self.export(candidate, progress)
             files = files_of(path)
-            quality = evaluate(
-                path,
-                self.reference,
-                runtime=candidate.target.runtime,
-                threads=self.threads,
-                timeout_s=TIMEOUT_S,
-                progress=tell,
-            )
+            quality = self._quality(candidate, path, tell)
             speed = {}
             if self.bench:
                 result = bench(
@@ -139,6 +190,11 @@ class Workshop:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _stem(candidate: Candidate) -> str:
+    """Begins the name of all that is made of a candidate; another plan of the same name is another file."""
+    return candidate.name if candidate.dense else f"{candidate.name}-{candidate.plan_hash[:8]}"
+
+
 def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
     """Hash of all that a trial's result depends on."""
     here = environment()
@@ -157,4 +213,6 @@ def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
         here["packages"],
         here["platform"],
     ]
+    if isinstance(candidate.plan, WidthPlan):  # which heads, neurons and weights they become is found on the text
+        depends.append(workshop.texts.hash)
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
