@@ -304,11 +304,12 @@ def test_plans_are_made_where_the_least_is_to_be_lost(tiny_folder: Path) -> None
         return candidate_of(plan, shape, target_for(target), profile, Budget(context=64))
 
     good, fair, bad, useless = of("Q8_0", 0.1), of("Q4_0", 0.1), of("Q6_K", 0.9), of("int8", 2.0)
-    rounding = {str(c.target): kl for c, kl in ((good, 0.0), (fair, 0.2), (bad, 0.0), (useless, 0.0))}
+    rounding = {str(c.target): kl for c, kl in ((good, 0.1), (fair, 0.11), (bad, 0.0), (useless, 0.0))}
     assert worth_making([bad, fair, good, useless], rounding, 2) == [good, fair]
     other = of("int8", 0.5)
     assert worth_making([bad, fair, good, other], rounding, 2) == [good, fair, other]  # an app may need that runtime
-    assert worth_making([bad, fair, good, other], rounding, 2, best_dense=0.2) == [good]
+    assert worth_making([bad, fair, good, other], rounding, 2, best_dense=0.205) == [good]
+    assert worth_making([bad, good], rounding, 2) == [good]  # what is far behind will not come first
     assert worth_making([useless], rounding, 2) == [useless]  # there is nothing else
 
 
