@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgeprune.bundle import Made, write_bundle
 from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
@@ -27,6 +29,7 @@ from edgeprune.judging import JudgedOn, Measured, choose, verdict
 from edgeprune.making import Maker
 from edgeprune.models import Model, checkpoint_folder, load, resolve
 from edgeprune.plan import head_options
+from edgeprune.precision import fast_dtype
 from edgeprune.proposal import Proposal, estimated_seconds, propose
 from edgeprune.pruning import (
     AMP,
@@ -169,11 +172,16 @@ def estimate(proposal: Proposal, options: FitOptions) -> float:
         # The damage table: each option of each half is run from its layer to the end, half of the layers on average.
         shape = proposal.shape
         n_options = len(shape.layers) * (len(MEASURED_SHARES) + len(list(head_options(shape.layers[0]))))
-        read += n_options * JUDGED_WINDOWS * WINDOW // 2 + (3 + 5 * made) * calibration
+        # The table's second moments and each plan's take another pass, a plan's two streams of hidden states.
+        read += n_options * JUDGED_WINDOWS * WINDOW // 2 + (1 + 2 * made) * calibration
         if options.corpus:
             read += (len(SHARES) + 1) * JUDGED_TEXTS * WINDOW
     return estimated_seconds(
-        proposal.shape, written=written * 3 // 2, read=read, exports=len(proposal.to_measure) + made
+        proposal.shape,
+        written=written * 3 // 2,
+        read=read,
+        exports=len(proposal.to_measure) + made,
+        quick=fast_dtype() is torch.bfloat16,
     )
 
 

@@ -121,7 +121,8 @@ def print_proposal(proposal: Proposal, seconds: float) -> None:
         errors.print(
             f"        then the plans of least damage for what does not fit; at most {proposal.plans_to_make} are made"
         )
-    errors.print(f"time    about {seconds / 60:.0f} min" if seconds >= 90 else f"time    about {seconds:.0f} s")
+    about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    errors.print(f"time    about {about}, less what earlier runs left in the cache")
 
 
 def print_checks(checks: Sequence[Check]) -> None:

@@ -90,7 +90,7 @@ def propose(
     return Proposal(name, shape, profile, budget, tuple(candidates), tuple(to_measure))
 
 
-def estimated_seconds(shape: ModelShape, *, written: int, read: int, exports: int) -> float:
+def estimated_seconds(shape: ModelShape, *, written: int, read: int, exports: int, quick: bool) -> float:
     """Rough seconds that a run takes on this machine, from the rate of its matrix products.
 
     Args:
@@ -98,6 +98,7 @@ def estimated_seconds(shape: ModelShape, *, written: int, read: int, exports: in
         written: tokens of text the model writes, one after the other in each text.
         read: tokens it reads at once (scores, reference, quality).
         exports: candidates to export.
+        quick: whether products are in bfloat16, in hardware.
     """
     size = 768
     a = np.ones((size, size), dtype=np.float32)
@@ -108,6 +109,7 @@ def estimated_seconds(shape: ModelShape, *, written: int, read: int, exports: in
         times.append(time.perf_counter() - start)
     rate = 2 * size**3 / min(times)  # floating-point operations a second
     # Seen on two machines: a model reads at about half of the large product's rate and writes texts side by side at a
-    # fifth of it; an export moves the weights about six times, at some 0.5 GB/s.
+    # fifth of it, or at 5/6 and a third in bfloat16; an export moves the weights about six times, at some 0.5 GB/s.
+    reading, writing = (1.2, 3.3) if quick else (2.0, 5.0)
     per_token = 2 * shape.parameters / rate
-    return per_token * (2 * read + 5 * written) + exports * 6 * 4 * shape.parameters / 0.5e9
+    return per_token * (reading * read + writing * written) + exports * 6 * 4 * shape.parameters / 0.5e9

@@ -33,8 +33,8 @@ METHOD = "obs"
 # Nats a token from which on a model says something else than the dense one two times out of three: nobody ships that,
 # and to make it takes minutes.
 HOPELESS = 1.5
-# What is expected to lose so much more than the best is not made: sums of damage and rounding were 12 to 16 % above what
-# was measured of four files of SmolLM2-135M, but their ratios were off by 1 % only.
+# What is expected to lose so much more than the best is not made: sums of damage and rounding were 12 to 16 % above
+# what was measured of four files of SmolLM2-135M, but their ratios were off by 1 % only.
 _MARGIN = 1.1
 _ROUNDS = 6  # the plan is checked whole; each round takes what it was over off the limit
 
