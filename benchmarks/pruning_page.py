@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ TASK_METRICS = {  # task -> short name, and the accuracy that is usually quoted 
 ABSENT = "–"
 
 Row = Mapping[str, Any]
+Figure = Callable[[Row], float | None]
 
 
 def value(row: Row, column: str, key: str) -> float | None:
@@ -128,24 +129,30 @@ def page(record: Mapping[str, Any]) -> str:
 def plots(record: Mapping[str, Any], folder: Path, quantisation: Mapping[str, Any] | None = None) -> list[Path]:
     """Draw bits per byte over dense against parameters removed, and KL against bytes per token; the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [_quality_plot(record, folder / "quality.svg"), _bytes_plot(record, folder / "bytes.svg", quantisation)]
+    return [_quality_plot(record, folder / "quality.png"), _bytes_plot(record, folder / "bytes.png", quantisation)]
 
 
-def _lines(record: Mapping[str, Any], x: tuple[str, str], y: tuple[str, str]) -> dict[str, list[tuple[float, float]]]:
+def _lines(record: Mapping[str, Any], x: Figure, y: Figure) -> dict[str, list[tuple[float, float]]]:
     """Label -> points of the methods that have both figures."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in ordered(record):
-        across, up = value(row, *x), value(row, *y)
-        if across is not None and up is not None:
+        across, up = x(row), y(row)
+        if row["method"] != "dense" and across is not None and up is not None:
             lines.setdefault(row["label"], []).append((across, up))
     return lines
+
+
+def _removed(row: Row) -> float:
+    """The share that is gone, or was to go where that was not measured."""
+    reached = value(row, "prune", "reached_ratio")
+    return float(row["ratio"]) if reached is None else reached
 
 
 def _quality_plot(record: Mapping[str, Any], path: Path) -> Path:
     base = value(dense_row(record), "quality", "bits_per_byte")
     figure, axes = _figure("parameters removed, %", "bits per byte over dense (WikiText-2 test)")
     if base:
-        for label, points in _lines(record, ("prune", "reached_ratio"), ("quality", "bits_per_byte")).items():
+        for label, points in _lines(record, _removed, lambda row: value(row, "quality", "bits_per_byte")).items():
             pairs = [(0.0, 1.0), *((100 * removed, bits / base) for removed, bits in points)]
             axes.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=label)
     axes.set_yscale("log")
@@ -155,7 +162,10 @@ def _quality_plot(record: Mapping[str, Any], path: Path) -> Path:
 
 def _bytes_plot(record: Mapping[str, Any], path: Path, quantisation: Mapping[str, Any] | None) -> Path:
     figure, axes = _figure("weights read per decoded token, MB", "KL to the dense model, nats a token")
-    for label, points in _lines(record, ("bytes", "bytes_per_token"), ("shipped", "kl_nats")).items():
+    lines = _lines(
+        record, lambda row: value(row, "bytes", "bytes_per_token"), lambda row: value(row, "shipped", "kl_nats")
+    )
+    for label, points in lines.items():
         pairs = [(read / 1e6, kl) for read, kl in points if kl > 0]
         if pairs:
             axes.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=f"{label}, Q4_0")
@@ -177,9 +187,9 @@ def best_curve(quantisation: Mapping[str, Any]) -> list[tuple[float, float]]:
 
 
 def _figure(across: str, up: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
+    from matplotlib import figure as drawing
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = drawing.Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(across)
     axes.set_ylabel(up)
@@ -190,7 +200,7 @@ def _figure(across: str, up: str) -> tuple[Any, Any]:
 def _save(figure: Any, axes: Any, path: Path) -> Path:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
-    figure.savefig(path)
+    figure.savefig(path, dpi=120)
     return path
 
 

@@ -46,7 +46,8 @@ def recover(
         bool, typer.Option("--freeze-embedding", help="Leave embedding and head as they are: faster.")
     ] = False,
     rate: Annotated[
-        float | None, typer.Option("--rate", help="Peak learning rate. Default: by the steps there will be.")
+        float | None,
+        typer.Option("--rate", help="Peak learning rate. Default: by steps and damage."),
     ] = None,
     length: Annotated[int | None, typer.Option("--length", min=8, help="Tokens a window.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads. Default: all cores.")] = None,

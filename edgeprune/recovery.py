@@ -201,7 +201,9 @@ class _Run:
         progress = self._progress()
         # How many steps there will be is known from how long the ones so far took.
         expected = self.recipe.max_steps or (self.state.steps + 1) / max(progress, 1e-3)
-        return (self.recipe.rate or peak_rate(expected)) * rate_share(progress, self.recipe.warmup)
+        return (self.recipe.rate or peak_rate(expected, cast("Held", self.state.before).kl)) * rate_share(
+            progress, self.recipe.warmup
+        )
 
     def _step(self) -> None:
         started = time.perf_counter()

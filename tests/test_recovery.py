@@ -28,7 +28,7 @@ from edgeprune.errors import BadInput, StageFailed
 from edgeprune.losses import Mix
 from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.plan import LayerPlan, PrunePlan, uniform_plan
-from edgeprune.recipe import RECIPES, Recipe
+from edgeprune.recipe import RECIPES, Recipe, peak_rate
 from edgeprune.recovery import recover
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 from edgeprune.surgery import prune_checkpoint
@@ -313,6 +313,12 @@ def test_the_rate_rises_and_falls() -> None:
     peak = shares.index(max(shares))
     assert peak == 10 and shares[peak] == 1.0 and 0 < shares[0] < 0.1 and shares[-1] == pytest.approx(0.0)
     assert shares[: peak + 1] == sorted(shares[: peak + 1]) and shares[peak:] == sorted(shares[peak:], reverse=True)
+
+
+def test_a_student_near_its_teacher_is_trained_gently() -> None:
+    rates = [peak_rate(500, damage) for damage in (0.01, 0.27, 0.6, 0.9, 3.0)]
+    assert rates == sorted(rates) and rates[0] == pytest.approx(1e-4) and rates[-1] == pytest.approx(3e-4)
+    assert peak_rate(5000, 0.9) < peak_rate(1000, 0.9) == peak_rate(10, 0.9)
 
 
 # --- the teacher's records -------------------------------------------------------------------------------------------

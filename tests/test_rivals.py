@@ -278,7 +278,7 @@ def test_the_harness_runs_and_goes_on_where_it_stopped(dense, data, tmp_path, mo
     curve.write_text(json.dumps({"rows": rows}))
     pruning.main(["--out", str(out), "--render", "--plots", str(tmp_path / "plots"), "--quantisation", str(curve)])
     assert "| **dense** |" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"quality.svg", "bytes.svg"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"quality.png", "bytes.png"}
 
 
 def test_a_sliced_model_is_judged_in_torch(dense, texts, data, tmp_path, torch_threads):
