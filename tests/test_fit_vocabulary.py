@@ -47,14 +47,7 @@ from edgeprune.vocabulary_surgery import prune_vocabulary
 CONTEXT = 64
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("edgeprune.rounds.dense_trials", lambda: tmp_path / "dense-trials.jsonl")
-    for module in ("edgeprune.fitting", "edgeprune.pruning"):
-        monkeypatch.setattr(f"{module}.CALIBRATION_TEXTS", 4)
-        monkeypatch.setattr(f"{module}.CALIBRATION_LENGTH", 32)
-    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_WINDOWS", 3)
-    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_LENGTH", 32)
+pytestmark = pytest.mark.usefixtures("short_fit")
 
 
 @pytest.fixture(scope="module")
