@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,13 @@ def dense_row(record: Mapping[str, Any]) -> Row:
 
 
 def ordered(record: Mapping[str, Any]) -> list[Row]:
-    """The dense model, then ratio by ratio in the order in which methods were first measured."""
-    methods = list(dict.fromkeys(row["method"] for row in record["rows"]))
-    return sorted(record["rows"], key=lambda row: (row["ratio"], methods.index(row["method"])))
+    """The dense model, then ratio by ratio, the row that loses most first; one without that figure at the end."""
+
+    def key(row: Row) -> tuple[float, float]:
+        bits = value(row, "quality", "bits_per_byte")
+        return row["ratio"], math.inf if bits is None else -bits
+
+    return sorted(record["rows"], key=key)
 
 
 def average(row: Row) -> tuple[float, float] | None:
@@ -170,17 +174,19 @@ def _bytes_plot(record: Mapping[str, Any], path: Path, quantisation: Mapping[str
         if pairs:
             axes.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=f"{label}, Q4_0")
     if quantisation is not None:
-        axes.plot(
-            *zip(*best_curve(quantisation), strict=True), "k--", drawstyle="steps-post", label="quantisation alone"
-        )
+        alone = [row for row in quantisation["rows"] if not row["removed"]]
+        pruned = [row for row in quantisation["rows"] if row["removed"]]
+        for rows, look, label in ((alone, "k--", "quantisation alone"), (pruned, "k-", "ours, types per tensor")):
+            if rows:
+                axes.plot(*zip(*best_curve(rows), strict=True), look, drawstyle="steps-post", label=label)
     axes.set_yscale("log")
     return _save(figure, axes, path)
 
 
-def best_curve(quantisation: Mapping[str, Any]) -> list[tuple[float, float]]:
+def best_curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """(MB a token, KL) of the rows that no row of fewer bytes beats, by rising bytes."""
     best: list[tuple[float, float]] = []
-    for row in sorted(quantisation["rows"], key=lambda row: (row["bytes_per_token"], row["kl_nats"])):
+    for row in sorted(rows, key=lambda row: (row["bytes_per_token"], row["kl_nats"])):
         if row["kl_nats"] > 0 and (not best or row["kl_nats"] < best[-1][1]):
             best.append((row["bytes_per_token"] / 1e6, row["kl_nats"]))
     return best

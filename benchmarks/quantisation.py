@@ -1,12 +1,14 @@
-"""What quantisation alone reaches on the demo model: bytes read per token against KL to the dense model.
+"""What quantisation reaches on the demo model and on pruned ones: bytes read per token against KL to the dense model.
 
     python benchmarks/quantisation.py --calibration C4.txt --text HELDOUT.txt --out quantisation.json [--plot FILE]
+                                      [--pruned FOLDER ...]
 
 Rows: llama.cpp's mixtures, with and without an importance matrix, with the embedding (the head too, where they are one)
 in smaller types, and mixtures of types per tensor found under budgets of bytes by an integer program over the damage
 that the Fisher information tells of each type of each tensor (`edgeprune.sensitivity`, `edgeprune.bit_allocation`).
-The calibration text (importance matrix, Fisher information) and the held-out text must be different texts; neither is
-the WikiText-2 test. KL, top-1 agreement and bits per byte are of the exported file in llama.cpp.
+The calibration text (importance matrix, Fisher information) and the held-out text must be different texts. KL, top-1
+agreement and bits per byte are of the exported file in llama.cpp. Each pruned FOLDER (of all the dense model's tokens)
+gets the mixed rows under the same budgets, with an importance matrix and a Fisher diagonal of its own.
 
 A row whose name starts with "mixed" is one file for a budget; "mixed+Q2_0" may also use Q2_0 by a quantiser of our own
 (`gguf_rows.best_q2_0`), since llama.cpp's leaves nearly nothing of a model that was not trained for it. It is the one
@@ -33,6 +35,7 @@ from edgeprune.bit_allocation import allocate
 from edgeprune.calibration import text_set
 from edgeprune.cost import bytes_read_per_token
 from edgeprune.errors import NothingFits
+from edgeprune.export.gguf_deci import is_filler
 from edgeprune.export.gguf_imatrix import ImportanceMatrix
 from edgeprune.export.gguf_layout import paired_heads
 from edgeprune.export.gguf_quantise import quantise
@@ -84,23 +87,26 @@ def mixtures(shape: ModelShape, embeddings: bool) -> list[str]:
 
 
 class Bench:
-    """The model, its calibration and its reference, and what is measured with them."""
+    """A model, its calibration and the dense model's reference, and what is measured with them."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, dense: Model, pruned: Path | None = None) -> None:
         self.work: Path = args.work
         self.threads: int = args.threads
-        self.model: Model = load(args.model)
+        self.model = dense if pruned is None else load(pruned)
+        self.label = "" if pruned is None else f"{pruned.name}, "
+        self.removed = 1 - self.model.shape.parameters / dense.shape.parameters
+        self.dense_bytes = per_token(dense.shape, "Q4_0")
         self.work.mkdir(parents=True, exist_ok=True)
-        self.calibration = text_set(self.model, str(args.calibration), count=args.texts, length=256)
+        self.calibration = text_set(dense, str(args.calibration), count=args.texts, length=256)
         self.matrix = cached_importance_matrix(self.model, self.calibration)
-        self.full = self.work / "full.gguf"
+        self.full = self.work / f"full-{self.model.hash[:12]}.gguf"
         if not self.full.exists():
             write_gguf(self.model.folder, self.full, dtype="F32")
         self.reference = make_reference(
-            self.model.folder,
+            dense.folder,
             args.text.read_text(encoding="utf-8"),
             cache_dir() / "references",
-            model_hash=self.model.hash,
+            model_hash=dense.hash,
             count=args.windows,
             threads=args.threads,
             timeout_s=7200,
@@ -122,6 +128,7 @@ class Bench:
         found = evaluate(path, self.reference, threads=self.threads, timeout_s=7200)
         row = {
             "name": name,
+            "removed": self.removed,
             "imatrix": matrix is not None,
             "bytes_per_token": per_token(self.model.shape, wish),
             "file_bytes": path.stat().st_size,
@@ -189,7 +196,7 @@ def damages(
 def mixed(bench: Bench, shares: list[float], texts: int) -> None:
     """Rows of types chosen tensor by tensor, under shares of the bytes of dense Q4_0."""
     shape = bench.model.shape
-    table = bench.work / f"damage-{bench.calibration.hash[:12]}-{texts}-{STEP}.json"
+    table = bench.work / f"damage-{bench.model.hash[:12]}-{bench.calibration.hash[:12]}-{texts}-{STEP}.json"
     if not table.exists():
         write_json(table, damages(bench.full, shape, bench.fisher(texts), bench.matrix))
     damage, size = json.loads(table.read_text())
@@ -198,23 +205,23 @@ def mixed(bench: Bench, shares: list[float], texts: int) -> None:
     for own in (False, True):
         kinds = {name: {k: d for k, d in each.items() if own or k != "Q2_0"} for name, each in damage.items()}
         for share in shares:
-            budget = int(share * per_token(shape, "Q4_0")) - skeleton
+            budget = int(share * bench.dense_bytes) - skeleton
             try:
                 types = allocate(kinds, size, budget)
             except NothingFits as error:
-                print(f"mixed at {share:.0%}: {error}")
+                print(f"{bench.label}mixed at {share:.0%}: {error}")
                 continue
             if own and "Q2_0" not in types.values():
                 continue  # the same as without
             wish = Recipe("Q4_0", True, tuple((f"^{name}$".replace(".", r"\."), kind) for name, kind in types.items()))
-            name = f"mixed{'+Q2_0' if own else ''} at {share:.0%}"
+            name = f"{bench.label}mixed{'+Q2_0' if own else ''} at {share:.0%}"
             bench.measure(name, wish, bench.matrix, own_q2_0=own)
             bench.rows[name]["expected_kl"] = sum(kinds[tensor][kind] for tensor, kind in types.items())
 
 
 def _chosen(shape: ModelShape) -> list[Tensor]:
-    """The weights whose types are chosen: all but an embedding of which a token reads one row."""
-    weights = [tensor for tensor in tensors(shape) if len(tensor.shape) > 1]
+    """The weights whose types are chosen: no embedding read one row a token, nothing that only fills a gap."""
+    weights = [tensor for tensor in tensors(shape) if len(tensor.shape) > 1 and not is_filler(tensor.name, shape)]
     return [tensor for tensor in weights if shape.tied or tensor.name != "token_embd.weight"]
 
 
@@ -250,10 +257,13 @@ def plot(rows: list[dict[str, Any]], dense: int, out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for label, mark in (("mixture", "o"), ("mixed per tensor", "D")):
-        some = [row for row in rows if row["name"].startswith("mixed") == (mark == "D")]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label, mixed_types, _ = row["name"].rpartition("mixed")
+        groups.setdefault(f"{label}mixed per tensor" if mixed_types else "mixture", []).append(row)
+    for (label, some), mark in zip(groups.items(), "oD^sv<>p", strict=False):
         axes.plot([r["bytes_per_token"] / 1e6 for r in some], [r["kl_nats"] for r in some], mark, ms=4, label=label)
-    best = envelope(rows)
+    best = envelope([row for row in rows if not row["removed"]])
     axes.step([r["bytes_per_token"] / 1e6 for r in best], [r["kl_nats"] for r in best], where="post", lw=1)
     for share in (0.8, 0.6, 0.45):
         axes.axvline(share * dense / 1e6, color="0.8", lw=1)
@@ -273,6 +283,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=64, help="calibration texts of 256 tokens")
     parser.add_argument("--fisher-texts", type=int, default=16, help="of those, for the Fisher diagonal")
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of 512 tokens")
+    parser.add_argument("--pruned", type=Path, nargs="*", default=[], help="pruned folders, for mixed rows of each")
     parser.add_argument("--only", nargs="*", help="these mixtures, and no other")
     parser.add_argument("--no-embeddings", action="store_true", help="leave out embeddings in smaller types")
     parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES), help="budgets of the mixed rows")
@@ -285,32 +296,43 @@ def main() -> None:
     if args.calibration.resolve() == args.text.resolve():
         parser.error("the held-out text must not be the calibration text")
 
-    bench = Bench(args)
-    shape = bench.model.shape
+    model = load(args.model)
+    bench = Bench(args, model)
+    shape = model.shape
     if args.shares:
         mixed(bench, args.shares, args.fisher_texts)
     for name in mixtures(shape, not args.no_embeddings) if args.only is None else args.only:
         wish = recipe(name)
         bench.measure(name, wish, bench.matrix if wish.imatrix else None)
     rows = list(bench.rows.values())
-    dense = per_token(shape, "Q4_0")
+    for folder in args.pruned:
+        mixed(pruned := Bench(args, model, folder), args.shares, args.fisher_texts)
+        rows += pruned.rows.values()
+    dense = bench.dense_bytes
+    alone = [row for row in rows if not row["removed"]]
     record = {
         "benchmark": "quantisation",
         "model": args.model,
-        "model_sha256": bench.model.hash,
+        "model_sha256": model.hash,
         "calibration": {"tokens": bench.calibration.tokens, "sha256": bench.calibration.hash},
         "text": args.text.name,
         "windows": args.windows,
         "dense_q4_0_bytes_per_token": dense,
         "smallest": min(((per_token(shape, f"{k}:imatrix"), k) for k in KINDS), key=lambda pair: pair[0]),
-        "at_most": {str(share): at_most(rows, int(share * dense)) for share in SHARES},
-        "envelope": [row["name"] for row in envelope(rows)],
+        "at_most": {
+            str(share): {
+                "quantised": at_most(alone, int(share * dense)),
+                "pruned and quantised": at_most([row for row in rows if row["removed"]], int(share * dense)),
+            }
+            for share in args.shares
+        },
+        "envelope": [row["name"] for row in envelope(alone)],
         "environment": environment(),
         "rows": rows,
     }
     write_json(args.out, record)
     print(table(sorted(rows, key=lambda row: -row["bytes_per_token"]), dense))
-    print("\nlower envelope\n" + table(envelope(rows), dense))
+    print("\nquantisation alone, lower envelope\n" + table(envelope(alone), dense))
     if args.plot:
         plot(rows, dense, args.plot)
     if args.clean:

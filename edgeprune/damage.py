@@ -18,7 +18,7 @@ import torch
 
 from edgeprune.blocks import HALVES, Block, Half, Head, LayeredModel
 from edgeprune.compensation import Moments
-from edgeprune.elimination import choose_heads, eliminate, rows_of
+from edgeprune.elimination import Surgeon, choose_heads, eliminate, rows_of
 from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_json
 from edgeprune.layerwise import Compensation, Streams, after_half, run_half
@@ -230,12 +230,13 @@ def _head_choices(
     moments: Moments, dense: LayerShape, head_dim: int, how: Compensation
 ) -> list[tuple[LayerShape, torch.Tensor, torch.Tensor]]:
     """Every number of heads below the dense one: widths, kept inputs, weights. No heads at all is the last."""
+    whole = Surgeon(moments, how.ridge, what="attention")
     found = []
     for heads, kv_heads in head_options(dense):
         left = LayerShape(heads, kv_heads, dense.neurons)
         if left == dense:
             continue
-        choice = choose_heads(moments, dense, left, head_dim, how.ridge)
+        choice = choose_heads(whole.copy(), dense, left, head_dim)
         found.append((left, rows_of(choice.heads, head_dim), choice.weights))
     nothing = torch.empty(0, dtype=torch.int64)
     return [*found, (LayerShape(0, 0, dense.neurons), nothing, torch.empty(0))]

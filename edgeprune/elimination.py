@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,13 @@ class Surgeon:
         self._lost = 0.0
         self._inputs = moments.inputs
         self.alive = torch.ones(len(self._inverse), dtype=torch.bool)  # the constant, which never goes, included
+
+    def copy(self) -> Surgeon:
+        """Another with the same inputs gone; what is dropped from one stays in the other."""
+        twin = copy(self)
+        twin._inverse, twin._solution = self._inverse.clone(), self._solution.clone()
+        twin.alive = self.alive.clone()
+        return twin
 
     @property
     def lost(self) -> float:
@@ -177,18 +185,17 @@ def _subsets(dense: LayerShape, left: LayerShape) -> Iterator[tuple[int, ...]]:
             yield tuple(itertools.chain(*heads))
 
 
-def choose_heads(
-    moments: Moments, dense: LayerShape, left: LayerShape, head_dim: int, ridge: float, *, what: str = "attention"
-) -> HeadChoice:
+def choose_heads(surgeon: Surgeon, dense: LayerShape, left: LayerShape, head_dim: int) -> HeadChoice:
     """Which key/value heads and query heads stay at the widths `left`.
 
     Every key/value head that stays keeps as many query heads as every other. All subsets are tried where they are few,
     as they are in small models; else whole groups leave first and then a head of every group, the cheapest first.
 
-    Raises:
-        StageFailed: see `compensation.factored`.
+    Args:
+        surgeon: of the output projection with nothing dropped; the heads that go are dropped from it.
+        dense, left: widths before and after.
+        head_dim: inputs a head.
     """
-    surgeon = Surgeon(moments, ridge, what=what)
     group, per_group = dense.heads // dense.kv_heads, left.heads // left.kv_heads
     count = math.comb(dense.kv_heads, left.kv_heads) * math.comb(group, per_group) ** left.kv_heads
     every = range(dense.heads)

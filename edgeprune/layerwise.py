@@ -21,7 +21,7 @@ import torch
 
 from edgeprune.blocks import HALVES, Block, Half, LayeredModel, projection_role
 from edgeprune.compensation import Moments, add_moments, mirrored, solve, token_weights
-from edgeprune.elimination import choose_heads, eliminate, rows_of
+from edgeprune.elimination import Surgeon, choose_heads, eliminate, rows_of
 from edgeprune.errors import BadInput
 from edgeprune.plan import LayerPlan
 from edgeprune.shape import LayerShape
@@ -253,7 +253,7 @@ def _chosen(
     if half == "mlp":
         found = eliminate(moments, how.ridge, widths=[left.neurons], what=what)
         return replace(plan, neurons=tuple(found.kept(left.neurons).tolist())), found.weights[left.neurons]
-    heads = choose_heads(moments, dense, left, head_dim, how.ridge, what=what)
+    heads = choose_heads(Surgeon(moments, how.ridge, what=what), dense, left, head_dim)
     return replace(plan, heads=heads.heads, kv_heads=heads.kv_heads), heads.weights
 
 

@@ -18,7 +18,7 @@ from edgeprune.compensation import (
     solve,
     token_weights,
 )
-from edgeprune.elimination import choose_heads, eliminate, rows_of
+from edgeprune.elimination import Surgeon, choose_heads, eliminate, rows_of
 from edgeprune.errors import StageFailed
 from edgeprune.shape import LayerShape
 
@@ -138,7 +138,7 @@ def test_a_bias_takes_over_the_mean_of_what_goes() -> None:
     torch.testing.assert_close(without, weight[kept].T.float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(bias, (weight[8] + 3 * weight[4]).float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.weights[7], solve(moments, kept, 1e-6), rtol=1e-4, atol=1e-4)
-    heads = choose_heads(moments, LayerShape(4, 4, 1), LayerShape(3, 3, 1), 2, 1e-6)
+    heads = choose_heads(Surgeon(moments, 1e-6), LayerShape(4, 4, 1), LayerShape(3, 3, 1), 2)
     assert heads.weights.shape == (5, 3 * 2 + 1)
 
 
@@ -146,7 +146,7 @@ def test_a_bias_takes_over_the_mean_of_what_goes() -> None:
 def test_heads_are_the_best_of_all_that_grouped_attention_allows(heads: int, kv_heads: int) -> None:
     dense, head_dim = LayerShape(6, 3, 1), 4
     moments, _, _ = correlated(24, 5, seed=2)
-    found = choose_heads(moments, dense, LayerShape(heads, kv_heads, 1), head_dim, RIDGE)
+    found = choose_heads(Surgeon(moments, RIDGE), dense, LayerShape(heads, kv_heads, 1), head_dim)
     allowed = [
         choice
         for choice in itertools.combinations(range(6), heads)
@@ -163,7 +163,7 @@ def test_heads_are_the_best_of_all_that_grouped_attention_allows(heads: int, kv_
 def test_many_heads_leave_greedily_and_evenly() -> None:
     dense, head_dim = LayerShape(16, 8, 1), 2
     moments, _, _ = correlated(32, 4, seed=3)
-    found = choose_heads(moments, dense, LayerShape(5, 5, 1), head_dim, RIDGE)
+    found = choose_heads(Surgeon(moments, RIDGE), dense, LayerShape(5, 5, 1), head_dim)
     assert len(found.kv_heads) == 5 and [h // 2 for h in found.heads] == list(found.kv_heads)
     kept = rows_of(found.heads, head_dim)
     assert found.loss == pytest.approx(errors_of(moments, [kept])[0])

@@ -274,7 +274,8 @@ def test_the_harness_runs_and_goes_on_where_it_stopped(dense, data, tmp_path, mo
 
     capsys.readouterr()
     curve = tmp_path / "quantisation.json"
-    rows = [{"bytes_per_token": read, "kl_nats": kl} for read, kl in ((2e6, 0.1), (1e6, 0.4))]
+    points = ((2e6, 0.1, 0.0), (1e6, 0.4, 0.0), (1e6, 0.3, 0.2))
+    rows = [{"bytes_per_token": read, "kl_nats": kl, "removed": removed} for read, kl, removed in points]
     curve.write_text(json.dumps({"rows": rows}))
     pruning.main(["--out", str(out), "--render", "--plots", str(tmp_path / "plots"), "--quantisation", str(curve)])
     assert "| **dense** |" in capsys.readouterr().out
