@@ -15,7 +15,8 @@ of lm-eval. Columns:
 
 A finished cell is written at once and not measured again by a later run of the same command, unless a setting that it
 depends on changed or --again is given; one that failed is tried again. Data lie in EDGEPRUNE_DATA (or --data):
-wikitext2/wiki.test.raw, c4/c4.txt, wikipedia/wikipedia.txt and tasks/ (without that folder: the evaluation wheel).
+wikitext2/wiki.test.raw, c4/c4.txt, wikipedia/wikipedia.txt and tasks/ (without that folder: the evaluation wheel);
+rows that train read c4/c4_demo.jsonl too, if it is there.
 """
 
 from __future__ import annotations

