@@ -65,7 +65,12 @@ def _kl(kept: Tensor, rest: Tensor, teacher: TopK) -> Tensor:
 
 @dataclass(frozen=True)
 class Mix:
-    """Weights of the two parts of the loss: KL to the teacher, and cross-entropy of the text's own next token."""
+    """Weights of the two parts of the loss: KL to the teacher, and cross-entropy of the text's own next token.
+
+    SmolLM2-135M, a fifth pruned with compensation, 240 steps on C4 and Wikipedia; held-out KL, and bits per byte of
+    other text (WikiText-2 validation) over dense, from 0.273 and 1.111: KL alone 0.205 and 1.085, 0.85 / 0.15 0.216 and
+    1.071, 0.7 / 0.3 0.239 and 1.064.
+    """
 
     kl: float = 0.7
     ce: float = 0.3
