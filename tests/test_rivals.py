@@ -323,7 +323,7 @@ def test_what_fails_is_said_and_tried_again(dense, data, tmp_path, monkeypatch):
 
 def test_the_curve_of_quantisation_keeps_what_nothing_smaller_beats():
     rows = [{"bytes_per_token": b, "kl_nats": kl} for b, kl in ((3e6, 0.2), (1e6, 0.5), (2e6, 0.6), (4e6, 0.0))]
-    assert best_curve({"rows": rows}) == [(1.0, 0.5), (3.0, 0.2)]
+    assert best_curve(rows) == [(1.0, 0.5), (3.0, 0.2)]
 
 
 @pytest.mark.parametrize("method", ["energy", "amp-unweighted", "amp-solved", "amp-chosen"])
