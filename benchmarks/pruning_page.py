@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ TASK_METRICS = {  # task -> short name, and the accuracy that is usually quoted 
 ABSENT = "–"
 
 Row = Mapping[str, Any]
-Figure = Callable[[Row], float | None]
+Reading = Callable[[Row], float | None]
 
 
 def value(row: Row, column: str, key: str) -> float | None:
@@ -136,7 +136,7 @@ def plots(record: Mapping[str, Any], folder: Path, quantisation: Mapping[str, An
     return [_quality_plot(record, folder / "quality.png"), _bytes_plot(record, folder / "bytes.png", quantisation)]
 
 
-def _lines(record: Mapping[str, Any], x: Figure, y: Figure) -> dict[str, list[tuple[float, float]]]:
+def _lines(record: Mapping[str, Any], x: Reading, y: Reading) -> dict[str, list[tuple[float, float]]]:
     """Label -> points of the methods that have both figures."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in ordered(record):
@@ -183,19 +183,24 @@ def _bytes_plot(record: Mapping[str, Any], path: Path, quantisation: Mapping[str
     return _save(figure, axes, path)
 
 
-def best_curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(MB a token, KL) of the rows that no row of fewer bytes beats, by rising bytes."""
-    best: list[tuple[float, float]] = []
+def envelope(rows: Iterable[Row]) -> list[Row]:
+    """The rows that no other beats: by growing bytes per token, falling KL."""
+    best: list[Row] = []
     for row in sorted(rows, key=lambda row: (row["bytes_per_token"], row["kl_nats"])):
-        if row["kl_nats"] > 0 and (not best or row["kl_nats"] < best[-1][1]):
-            best.append((row["bytes_per_token"] / 1e6, row["kl_nats"]))
+        if not best or row["kl_nats"] < best[-1]["kl_nats"]:
+            best.append(row)
     return best
 
 
-def _figure(across: str, up: str) -> tuple[Any, Any]:
-    from matplotlib import figure as drawing
+def best_curve(rows: Iterable[Row]) -> list[tuple[float, float]]:
+    """(MB a token, KL) of the envelope, without what a logarithmic axis cannot show."""
+    return [(row["bytes_per_token"] / 1e6, row["kl_nats"]) for row in envelope(r for r in rows if r["kl_nats"] > 0)]
 
-    figure = drawing.Figure(figsize=(7.5, 5), layout="constrained")
+
+def _figure(across: str, up: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(across)
     axes.set_ylabel(up)

@@ -19,6 +19,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
+from pruning_page import envelope
 from safetensors.torch import load_file, save_file
 
 from edgeprune.bit_allocation import allocate
@@ -225,15 +227,6 @@ def _chosen(shape: ModelShape) -> list[Tensor]:
     return [tensor for tensor in weights if shape.tied or tensor.name != "token_embd.weight"]
 
 
-def envelope(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that no other beats: by growing bytes, falling KL."""
-    best: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row["bytes_per_token"], row["kl_nats"])):
-        if not best or row["kl_nats"] < best[-1]["kl_nats"]:
-            best.append(row)
-    return best
-
-
 def at_most(rows: list[dict[str, Any]], budget: int) -> dict[str, Any] | None:
     """The row of least KL with at most `budget` bytes per token."""
     return min((r for r in rows if r["bytes_per_token"] <= budget), key=lambda r: r["kl_nats"], default=None)
@@ -261,7 +254,7 @@ def plot(rows: list[dict[str, Any]], dense: int, out: Path) -> None:
     for row in rows:
         label, mixed_types, _ = row["name"].rpartition("mixed")
         groups.setdefault(f"{label}mixed per tensor" if mixed_types else "mixture", []).append(row)
-    for (label, some), mark in zip(groups.items(), "oD^sv<>p", strict=False):
+    for (label, some), mark in zip(groups.items(), itertools.cycle("oD^sv<>p"), strict=False):
         axes.plot([r["bytes_per_token"] / 1e6 for r in some], [r["kl_nats"] for r in some], mark, ms=4, label=label)
     best = envelope([row for row in rows if not row["removed"]])
     axes.step([r["bytes_per_token"] / 1e6 for r in best], [r["kl_nats"] for r in best], where="post", lw=1)

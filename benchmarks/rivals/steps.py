@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from edgeprune.calibration import TextSet
+from edgeprune.calibration import TextSet, read_texts
 from edgeprune.compensated import Origin, prune_compensated
 from edgeprune.importance import amp_scores
 from edgeprune.layerwise import Compensation
@@ -99,9 +99,8 @@ def rest_of_texts(calibration: TextSet) -> Sequence[str]:
 def all_texts() -> list[str]:
     """Everything there is of the two sources, for training: what is seen twice is learnt by heart."""
     data = Path(os.environ["EDGEPRUNE_DATA"])
-    texts = [(data / name).read_text(encoding="utf-8") for name in TEXTS]
-    lines = (data / MORE).read_text(encoding="utf-8").splitlines() if (data / MORE).exists() else []
-    return [*texts, *(json.loads(line)["text"] for line in lines)]
+    names = [*TEXTS, MORE] if (data / MORE).exists() else TEXTS
+    return [text for name in names for text in read_texts(data / name)]
 
 
 def recovered(minutes: float, method: Literal["distil", "lora"], before: Any) -> Any:
