@@ -22,6 +22,7 @@ rows that train read c4/c4_demo.jsonl too, if it is there.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ import pruning_cells as cells
 from pruning_cells import TASKS, Cell, Settings
 from pruning_page import page, plots
 from rivals import METHODS, Method
+from rivals.steps import all_texts
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, EdgepruneError, StageFailed, unknown
@@ -120,7 +122,15 @@ class Harness:
 
     def depends_on(self, method: str, column: str) -> dict[str, Any]:
         """The settings of a cell, as it records them."""
-        return self.settings.of(column) | ({} if method == "dense" else {"calibration": self.texts_hash})
+        known = self.settings.of(column) | ({} if method == "dense" else {"calibration": self.texts_hash})
+        if METHODS.get(method, DENSE).trains:
+            known["training"] = self.training_hash
+        return known
+
+    @cached_property
+    def training_hash(self) -> str:
+        """Of the text that rows which train read."""
+        return hashlib.sha256("\0".join(all_texts(self.data)).encode()).hexdigest()
 
     def finished(self, row: dict[str, Any], column: str) -> bool:
         """Whether a cell is there, whole, under the settings of this run."""
@@ -304,6 +314,7 @@ def measure(args: argparse.Namespace) -> tuple[Record, int]:
     # Processes of their own find this folder's modules by the same path as this one.
     folders = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+    os.environ["EDGEPRUNE_DATA"] = str(args.data)
     settings = Settings(
         args.texts, args.length, args.windows, args.limit or None, args.dtype, args.threads, args.repetitions
     )

@@ -29,6 +29,7 @@ class Method:
         source: the paper, or what the row is for.
         runtime: what runs the result: "llamacpp" its GGUF file, "pytorch" the folder, where nothing stock loads it.
         note: what the reader of the table must know of the row.
+        trains: whether the row depends on the text for training too (`steps.all_texts`).
     """
 
     prune: Prune
@@ -36,6 +37,7 @@ class Method:
     source: str
     runtime: str = "llamacpp"
     note: str = ""
+    trains: bool = False
 
 
 def _methods() -> dict[str, Method]:
@@ -68,7 +70,8 @@ def _methods() -> dict[str, Method]:
             note="run in torch: no stock runtime loads it; kinder to small tied models than the paper's form",
         ),
         "shortgpt": Method(shortgpt.prune, "ShortGPT", "arXiv 2403.03853", note="drops whole layers"),
-        **{name: Method(prune, label, source) for name, (prune, label, source) in steps.ROWS.items()},
+        **{name: Method(*row) for name, row in steps.ROWS.items()},
+        **{name: Method(*row, trains=True) for name, row in steps.TRAINED.items()},
     }
 
 

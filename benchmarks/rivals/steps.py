@@ -96,9 +96,8 @@ def rest_of_texts(calibration: TextSet) -> Sequence[str]:
     return rest
 
 
-def all_texts() -> list[str]:
+def all_texts(data: Path) -> list[str]:
     """Everything there is of the two sources, for training: what is seen twice is learnt by heart."""
-    data = Path(os.environ["EDGEPRUNE_DATA"])
     names = [*TEXTS, MORE] if (data / MORE).exists() else TEXTS
     return [text for name in names for text in read_texts(data / name)]
 
@@ -110,7 +109,7 @@ def recovered(minutes: float, method: Literal["distil", "lora"], before: Any) ->
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             pruned = Path(scratch) / "pruned"
             before(folder, ratio, calibration, pruned)
-            recover(pruned, folder, out, seconds=60 * minutes, text=all_texts(), method=method)
+            recover(pruned, folder, out, seconds=60 * minutes, text=all_texts(Path(os.environ["EDGEPRUNE_DATA"])), method=method)
         return out
 
     return prune
@@ -124,6 +123,9 @@ ROWS = {
     "uniform": (uniform, "ours, one width for all layers", "edgeprune --uniform"),
     "per-layer": (per_layer, "ours", "edgeprune"),
     "vocabulary": (vocabulary, "ours, vocabulary too", "edgeprune --corpus"),
+}
+
+TRAINED = {
     "recover20": (
         recovered(20, "distil", vocabulary),
         "ours, vocabulary too, + 20 minutes",
