@@ -109,7 +109,8 @@ def recovered(minutes: float, method: Literal["distil", "lora"], before: Any) ->
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             pruned = Path(scratch) / "pruned"
             before(folder, ratio, calibration, pruned)
-            recover(pruned, folder, out, seconds=60 * minutes, text=all_texts(Path(os.environ["EDGEPRUNE_DATA"])), method=method)
+            texts = all_texts(Path(os.environ["EDGEPRUNE_DATA"]))
+            recover(pruned, folder, out, seconds=60 * minutes, text=texts, method=method)
         return out
 
     return prune
