@@ -61,6 +61,7 @@ format: install-dev
 benchmarks: install-dev
 	$(BIN)/python benchmarks/amp.py --out build/amp.json
 	$(BIN)/python benchmarks/scoring.py --out build/scoring.json
+	$(BIN)/python benchmarks/predictor.py --out build/predictor.json
 
 clean:
 	rm -rf build runs $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from edgeprune.cost import Cost, bytes_read_per_token, judge, predict
+from edgeprune.cost import DEFAULT_DEPTH, Cost, bytes_read_per_token, judge, predict
 from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import BadInput
 from edgeprune.plan import SCOPES, PrunePlan, Scope, WidthPlan
@@ -140,8 +140,16 @@ def candidate_of(
     return Candidate(plan, target, after, cost, reasons, doubtful, notes)
 
 
-def cost_of(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Budget) -> Cost:
-    """Predicted cost of a model of `shape` exported to `target`.
+def cost_of(
+    shape: ModelShape,
+    target: Target,
+    profile: DeviceProfile,
+    budget: Budget,
+    *,
+    threads: int | None = None,
+    depth: int = DEFAULT_DEPTH,
+) -> Cost:
+    """Predicted cost of a model of `shape` exported to `target`; `threads` and `depth` as `cost.predict` has them.
 
     Raises:
         BadInput: the profile has no figure for the target's runtime.
@@ -156,7 +164,9 @@ def cost_of(shape: ModelShape, target: Target, profile: DeviceProfile, budget: B
         weights_bytes=weights,
         kv_bytes=kv_bytes(shape, target, budget.context),
         repack_bytes=target.format.repacked(shape, target.quantisation),
+        threads=threads,
         context=budget.context,
+        depth=depth,
         parameters=shape.parameters,
         quantisation=target.mixture,
     )

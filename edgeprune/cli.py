@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from edgeprune.cli_look import AsJson, devices_app, doctor, inspect
+from edgeprune.cli_look import AsJson, devices_app, doctor, inspect, predict
 from edgeprune.cli_prune import Calibration, Seed, prune
 from edgeprune.cli_recover import duration, recover
 from edgeprune.cli_vocabulary import vocabulary
@@ -312,6 +312,7 @@ app.command()(prune)
 app.command()(recover)
 app.command()(vocabulary)
 app.command()(inspect)
+app.command()(predict)
 app.command()(doctor)
 app.add_typer(devices_app, name="devices")
 

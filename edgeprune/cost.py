@@ -1,8 +1,9 @@
 """What a model costs on a device: speed, memory and file size, predicted with intervals. Pure arithmetic.
 
-Speed of decoding (one token):  t = (W + K) / B + f + n·c
-with W the weight bytes read, K the cache bytes read, B the effective bandwidth, f and c the fixed terms of the device's
-profile and n the layers. Prompt processing is bound by arithmetic: t = parameters / P a token, P by quantisation.
+Speed of decoding (one token):  t = (W + K) / (q·B) + f + n·c
+with W the weight bytes read, K the cache bytes read, B the effective bandwidth, q the share of it that the
+quantisation's kernel reaches, f and c the fixed terms of the device's profile and n the layers. Prompt processing is
+bound by arithmetic: t = parameters / P a token, P by quantisation, in proportion to the big cores at work.
 Memory is a cliff: beyond what the device can hold, a model does not run slower but (almost) not at all.
 """
 
@@ -129,6 +130,12 @@ def effective_bandwidth(profile: DeviceProfile, decode: Decode, backend: Backend
     return full
 
 
+def kernel_share(decode: Decode, runtime: str, quantisation: str | None) -> float:
+    """Share of the effective bandwidth that llama.cpp's kernel of a quantisation reaches; 1 where nothing is known."""
+    figure = decode.kernel.get(quantisation or "") if runtime == "llamacpp" else None
+    return 1.0 if figure is None else figure.value
+
+
 def predict(
     profile: DeviceProfile,
     *,
@@ -159,7 +166,8 @@ def predict(
         context: tokens the cache is made for.
         file_bytes: size of the file (default: `weights_bytes`).
         depth: tokens in the cache while decoding, on average (default: as llama-bench's tg128).
-        parameters, quantisation: for the prefill; without them it is None.
+        parameters, quantisation: for the prefill; without them it is None. A quantisation whose kernel the profile
+            has a figure for decodes by it.
 
     Raises:
         BadInput: a number out of range, or the profile has no figure for `runtime`.
@@ -176,11 +184,12 @@ def predict(
     bandwidth = effective_bandwidth(profile, decode, backend, used)
     scale = profile.scale_for(runtime)
     share = (1.0, 1.0, 1.0) if scale is None else _interval(scale.decode)
+    kernel = kernel_share(decode, runtime, quantisation)
     read = bytes_per_token + kv_bytes * min(depth, context) / context
     fixed, layer = _interval(decode.fixed_ms), _interval(decode.layer_ms)
 
     def seconds(gbs: float, efficiency: float, index: int) -> float:
-        return read / (gbs * efficiency * 1e9) + (fixed[index] + n_layers * layer[index]) / 1e3
+        return read / (gbs * efficiency * kernel * 1e9) + (fixed[index] + n_layers * layer[index]) / 1e3
 
     decode_tps = Prediction(
         value=1 / seconds(bandwidth.value, share[1], 1),
@@ -191,8 +200,9 @@ def predict(
     rates = profile.prefill.get(backend, {}) if runtime == "llamacpp" else {}
     if parameters and quantisation in rates:
         rate = rates[quantisation]
-        billions = parameters / 1e9
-        prefill = Prediction(rate.value / billions, rate.low / billions, rate.high / billions)
+        cores = min(1.0, used / profile.threads) if backend == "cpu" else 1.0
+        each = cores / (parameters / 1e9)
+        prefill = Prediction(rate.value * each, rate.low * each, rate.high * each)
     overhead = OVERHEAD_MIB[runtime]
     held = (weights_bytes + kv_bytes + repack_bytes) / MIB
     return Cost(
@@ -207,7 +217,9 @@ def predict(
     )
 
 
-def bytes_allowed(profile: DeviceProfile, runtime: str, n_layers: int, tokens_per_s: float) -> float:
+def bytes_allowed(
+    profile: DeviceProfile, runtime: str, n_layers: int, tokens_per_s: float, quantisation: str | None = None
+) -> float:
     """Bytes (weights and cache) that `runtime` can read for one token at a speed, by the middle of the figures.
 
     The inverse of `predict`: negative where the fixed terms alone take longer than that.
@@ -220,7 +232,7 @@ def bytes_allowed(profile: DeviceProfile, runtime: str, n_layers: int, tokens_pe
         raise unknown(f"runtime on {profile.name}", runtime, [n for n in OVERHEAD_MIB if profile.backend_for(n)])
     decode, scale = profile.decode[backend], profile.scale_for(runtime)
     fixed_ms = _interval(decode.fixed_ms)[1] + n_layers * _interval(decode.layer_ms)[1]
-    share = 1.0 if scale is None else scale.decode.value
+    share = (1.0 if scale is None else scale.decode.value) * kernel_share(decode, runtime, quantisation)
     return (1 / tokens_per_s - fixed_ms / 1e3) * decode.gbs.value * share * 1e9
 
 

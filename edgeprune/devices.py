@@ -109,12 +109,17 @@ class Cpu(_Model):
 
 
 class Decode(_Model):
-    """Speed of generating one token on one backend: bytes read / `gbs` + `fixed_ms` + layers x `layer_ms`."""
+    """Speed of generating one token on one backend: bytes read / `gbs` + `fixed_ms` + layers x `layer_ms`.
+
+    `gbs` is that of four-bit types; `kernel` says what share of it other quantisations reach, whose kernels are bound
+    by arithmetic or waste less of the memory's time.
+    """
 
     gbs: PositiveFigure  # effective 10^9 bytes/s of weights
     one_thread_gbs: PositiveFigure | None = None
     fixed_ms: Figure | None = None  # a token
     layer_ms: Figure | None = None  # a token and layer
+    kernel: dict[Annotated[str, Field(min_length=1, max_length=32)], PositiveFigure] = {}
 
 
 class RuntimeScale(_Model):

@@ -17,6 +17,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from edgeprune.doctor import Check
     from edgeprune.inspection import Inspection
+    from edgeprune.prediction import DevicePrediction
     from edgeprune.proposal import Proposal
 
 # Where there is no terminal to fit into, tables get room for what they hold.
@@ -80,6 +81,24 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         bold = any(cell.startswith("**") for cell in row)
         table.add_row(*(escape(cell.strip("*")) for cell in row), style="bold" if bold else None)
     console.print(table)
+
+
+def print_prediction(found: DevicePrediction) -> None:
+    """Print what a model is predicted to do on a device."""
+    cost = found.cost
+    print_table(
+        f"{found.model} {found.quantisation} on {found.device}, predicted",
+        ("", "value (90 % interval)"),
+        [
+            ["decode", f"{cost.decode_tps} tokens/s"],
+            ["prompt", "no figure for this kernel" if cost.prefill_tps is None else f"{cost.prefill_tps} tokens/s"],
+            [f"first token after {found.prompt}", "no figure" if found.ttft_s is None else f"{found.ttft_s} s"],
+            ["peak memory", f"{cost.memory_mib} MiB"],
+            ["fits", "; ".join(found.reasons) or "yes"],
+            ["with", f"{cost.runtime}, {cost.backend}, {cost.threads} threads, context {cost.context}"],
+            *(["assumed", each] for each in found.assumed),
+        ],
+    )
 
 
 def print_proposal(proposal: Proposal, seconds: float) -> None:

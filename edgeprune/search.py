@@ -53,7 +53,7 @@ def limits(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Bu
     """The most that `sizes` may be on the device, by the middle of its figures, (3,); inf where there is no limit."""
     read = held = file = np.inf
     if budget.min_tokens_per_s is not None:
-        read = bytes_allowed(profile, target.runtime, len(shape.layers), budget.min_tokens_per_s)
+        read = bytes_allowed(profile, target.runtime, len(shape.layers), budget.min_tokens_per_s, target.mixture)
     memory = min(profile.usable_memory_mib, budget.max_memory_mib or np.inf)
     held = (memory - OVERHEAD_MIB[target.runtime].value) * MIB
     if budget.max_file_mib is not None:

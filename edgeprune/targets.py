@@ -17,6 +17,7 @@ from edgeprune.export.gguf_types import predicted_bytes as gguf_bytes
 from edgeprune.runtimes.gguf_file import tensor_bytes
 from edgeprune.shape import ModelShape
 
+REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})  # in the layers; ggml-cpu/repack.cpp
 IMATRIX = "imatrix.gguf"  # of the checkpoint to export, in the scratch folder
 
 Parts = Mapping[str, int]  # bytes by part of the model: "embedding", "head", "attention", "mlp", "norms"
@@ -77,12 +78,12 @@ def _export_gguf(folder: Path, out: Path, kind: str, scratch: Path, threads: int
 
 
 def _gguf_repacked(shape: ModelShape, kind: str) -> int:
-    """Bytes that llama.cpp copies at load for faster kernels: matrices of a few types (ggml-cpu/repack.cpp)."""
+    """Bytes that llama.cpp copies at load for faster kernels."""
     types = tensor_types(shape, kind)
     return sum(
         tensor_bytes(types[tensor.name], tensor.shape)
         for tensor in tensors(shape)
-        if types[tensor.name] in ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4") and tensor.name.startswith("blk.")
+        if types[tensor.name] in REPACKED and tensor.name.startswith("blk.")
     )
 
 

@@ -39,6 +39,7 @@ def test_every_command_has_help() -> None:
         ["bench"],
         ["eval"],
         ["inspect"],
+        ["predict"],
         ["doctor"],
         ["devices", "list"],
         ["devices", "show"],

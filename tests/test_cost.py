@@ -81,7 +81,8 @@ def decode(device: str, model: str, quantisation: str) -> Prediction:
 
 @pytest.mark.parametrize("device, model, quantisation, measured, source", PUBLISHED)
 def test_published_rows_are_predicted(device: str, model: str, quantisation: str, measured: float, source: str) -> None:
-    assert decode(device, model, quantisation).value == pytest.approx(measured, rel=0.2), source
+    found = decode(device, model, quantisation)
+    assert found.low < measured < found.high, source
 
 
 def test_published_rows_are_predicted_well_on_the_whole() -> None:
