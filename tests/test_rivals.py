@@ -32,8 +32,17 @@ from rivals import METHODS, flap, magnitude, shortgpt, slicegpt, steps, wanda_sp
 from rivals.folders import parameters_of  # noqa: E402
 from rivals.inputs import inputs_of, projections  # noqa: E402
 
-RIVALS = [name for name in METHODS if name not in steps.ROWS]
+RIVALS = [name for name in METHODS if name not in steps.ROWS | steps.TRAINED]
 STOCK = [name for name in RIVALS if METHODS[name].runtime == "llamacpp"]
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """The harness tells the processes that it starts by environment variables; other tests see none of them."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +252,6 @@ def run(out: Path, dense: Path, data: Path, *more: str, code: int = 0) -> dict:
 
 
 def test_the_harness_runs_and_goes_on_where_it_stopped(dense, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     out = tmp_path / "pruning.json"
     run(out, dense, data, "--rows", "dense", "--columns", "prune", "bytes")
     columns = ["--columns", "prune", "bytes", "quality", "piqa"]
@@ -297,7 +305,6 @@ def test_a_sliced_model_is_judged_in_torch(dense, texts, data, tmp_path, torch_t
 
 
 def test_what_fails_is_said_and_tried_again(dense, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     out = tmp_path / "pruning.json"
     cell = run(out, dense, data, "--rows", "slicegpt", "--columns", "speed")["rows"][0]["cells"]["speed"]
     assert "no stock runtime" in cell["absent"]
