@@ -2,7 +2,7 @@
 
     python benchmarks/predictor.py --out predictor.json          (reads EDGEPRUNE_DATA/published_tps.csv; minutes)
     python benchmarks/predictor.py --out predictor.json --render (the tables again)
-    python benchmarks/predictor.py --profiles profiles           (write the fitted constants into the profiles)
+    python benchmarks/predictor.py --out predictor.json --render --profiles profiles   (the constants into the profiles)
 
 Every row is predicted by a fit that has not seen it: by page (all rows of a page kept apart, 24 folds), which is what
 a user's own device is like, and by row (10 folds). Beside it stands llmfit's way on the same rows, one factor of 0.55
@@ -178,12 +178,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--render", action="store_true", help="measure nothing: print the tables of --out")
     parser.add_argument("--profiles", type=Path, help="folder of profiles to write the constants of --out into")
     args = parser.parse_args(arguments)
-    if args.render:
-        record = read_json(args.out)
-    else:
+    if not args.render or args.profiles:
         if not args.data:
             parser.error("give --data, or set EDGEPRUNE_DATA")
         decode, prefill = read(args.data / "published_tps.csv")
+    if args.render:
+        record = read_json(args.out)
+    else:
         record = {
             "schema_version": SCHEMA,
             "benchmark": "predictor",
@@ -194,7 +195,6 @@ def main(arguments: list[str] | None = None) -> int:
         }
         write_json(args.out, record)
     if args.profiles:
-        decode, prefill = read(args.data / "published_tps.csv")
         for path in write_profiles(args.profiles, decode, prefill, record):
             print(f"wrote {path}", file=sys.stderr)
     print(page(record))

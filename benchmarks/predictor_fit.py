@@ -11,7 +11,8 @@ mean, weighted by what either part takes:
 - a term for each page, drawn to 0, which takes what rows of one page share (a build, a board's cooling). It is no
   part of a prediction.
 
-Priors are Gaussian; the residuals' loss is Cauchy's, so that a row that is wrong by a factor of four counts little.
+Rows, pages and devices may be far off, so their loss is Cauchy's: a row that is wrong by a factor of four counts
+little. The other priors are Gaussian.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 import published_devices
 import tomlkit
 from predictor_fit import PREFILL_PRIORS, Fit, Row, fit
-from predictor_rows import GPUS, KERNELS
+from predictor_rows import KERNELS
 from published_devices import Place
 from tomlkit.items import Table
 
@@ -57,20 +57,18 @@ def _devices(rows: Sequence[Row]) -> Iterator[tuple[str, Place, list[Row]]]:
 
 
 def _decode(profile: Any, place: Place, rows: Sequence[Row], found: Fit, width: float) -> None:
-    gpu = place.kind in GPUS
     table = profile["decode"].setdefault(place.backend, tomlkit.table())
     share = found.value(f"kind:{place.kind}") + found.value(f"device:{place.key}")
     table["gbs"] = _figure(place.nominal_gbs * np.exp(share), width, "published", _source(rows, width))
     nominal = profile["memory"].get("nominal_gbs")
     if nominal is not None:  # no device reads faster than its memory
         table["gbs"]["high"] = _rounded(max(table["gbs"]["value"], min(table["gbs"]["high"], 0.99 * nominal["value"])))
-    kind = f"{'launch' if gpu else 'layer'}:{place.kind}"
     pooled = f"fit over published rows of devices like this one, {HOW}; interval as that of gbs"
-    table["layer_ms"] = _figure(1e3 * np.exp(found.value(kind)), width, "derived", pooled)
+    table["layer_ms"] = _figure(1e3 * np.exp(found.value(place.layer)), width, "derived", pooled)
     table.pop("fixed_ms", None)
     kernels = tomlkit.table()
     for quantisation, sort in KERNELS.items():
-        effect = found.value(f"kernel:{'gpu' if gpu else 'cpu'}-{sort}")
+        effect = found.value(f"kernel:{place.sort}-{sort}")
         if quantisation in QUANTISATIONS and abs(effect) > 0.03:  # below that it is noise
             figure = tomlkit.inline_table()
             figure.update({"value": _rounded(np.exp(effect)), "kind": "derived", "source": f"pooled fit, {HOW}"})
@@ -83,13 +81,12 @@ def _decode(profile: Any, place: Place, rows: Sequence[Row], found: Fit, width: 
 def _prefill(profile: Any, place: Place, rows: Sequence[Row], found: Fit, record: dict[str, Any]) -> None:
     if not rows:
         return
-    sort = "gpu" if place.kind in GPUS else "cpu"
     width = record["prefill"]["half_widths"]["known"]
     there = profile.setdefault("prefill", tomlkit.table(True)).setdefault(place.backend, tomlkit.table())
     for quantisation in PREFILL:
         if quantisation in there:  # read off a page for this very kernel, which is better
             continue
-        kernel = f"kernel:{sort}-{KERNELS[quantisation]}" if quantisation in KERNELS else None
+        kernel = f"kernel:{place.sort}-{KERNELS[quantisation]}" if quantisation in KERNELS else None
         rate = found.value(f"kind:{place.kind}") + found.value(f"device:{place.key}")
         rate += found.value(kernel) if kernel else 0.0
         there[quantisation] = _figure(np.exp(rate), width, "derived", _source(rows, width))

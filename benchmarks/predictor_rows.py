@@ -11,7 +11,6 @@ import published_models
 from predictor_fit import Row
 from published_devices import Place
 
-GPUS = frozenset({"metal", "igpu", "nvidia", "amd", "gb10", "jetson", "phone-gpu"})
 # Quantisations whose kernels differ from Q4_0's and Q4_K's in what they get out of the memory.
 KERNELS = {
     **dict.fromkeys(("F16", "BF16"), "16bit"),
@@ -63,12 +62,11 @@ def bytes_read(line: dict[str, str]) -> float:
 
 
 def _parameters(line: dict[str, str], place: Place) -> dict[str, float]:
-    sort = "gpu" if place.kind in GPUS else "cpu"
     names = {f"kind:{place.kind}": 1.0, f"device:{place.key}": 1.0}
     if kernel := KERNELS.get(line["quant"]):
-        names[f"kernel:{sort}-{kernel}"] = 1.0
+        names[f"kernel:{place.sort}-{kernel}"] = 1.0
     if runtime := next((name for name in RUNTIMES if name in line["runtime"].lower()), None):
-        names[f"runtime:{sort}-{runtime}"] = 1.0
+        names[f"runtime:{place.sort}-{runtime}"] = 1.0
     threads = int(line["threads"]) if line["threads"] else place.big_cores
     if 0 < threads < place.big_cores:
         names[f"fewer:{place.kind}"] = float(np.log(place.big_cores / threads))
@@ -87,7 +85,7 @@ def decode_row(line: dict[str, str]) -> Row:
         place.key,
         line["source"],
         _parameters(line, place),
-        f"{'launch' if place.kind in GPUS else 'layer'}:{place.kind}",
+        place.layer,
         line["confidence"],
         line,
     )

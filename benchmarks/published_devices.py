@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+GPUS = frozenset({"metal", "igpu", "nvidia", "amd", "gb10", "jetson", "phone-gpu"})  # kinds
+
 
 @dataclass(frozen=True)
 class Place:
@@ -29,6 +31,16 @@ class Place:
     big_cores: int = 0
     profile: str | None = None
     backend: str = "cpu"
+
+    @property
+    def sort(self) -> str:
+        """What kernels and runtimes differ by: "gpu" or "cpu"."""
+        return "gpu" if self.kind in GPUS else "cpu"
+
+    @property
+    def layer(self) -> str:
+        """The parameter of what a layer costs beside its bytes."""
+        return f"{'launch' if self.kind in GPUS else 'layer'}:{self.kind}"
 
 
 # A pattern of "device_id|backend" in lower case; kind, bandwidth, big cores; profile and its backend. The first counts.
