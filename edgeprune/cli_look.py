@@ -1,4 +1,4 @@
-"""Commands that only look: `inspect`, `predict`, `doctor`, `devices list`, `devices show`."""
+"""Commands that only look: `inspect`, `predict`, `doctor`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.output import console, print_checks, print_inspection, print_json, print_prediction, print_table
+from edgeprune.output import print_checks, print_inspection, print_json, print_prediction
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-
-devices_app = typer.Typer(help="Device profiles.", no_args_is_help=True)
 
 
 def inspect(
@@ -78,44 +76,3 @@ def doctor(as_json: AsJson = False) -> None:
         print_checks(checks)
     if any(check.ok is False for check in checks):
         raise typer.Exit(4)
-
-
-@devices_app.command("list")
-def devices_list(as_json: AsJson = False) -> None:
-    """List the device profiles."""
-    from edgeprune.devices import list_profiles
-
-    profiles = list_profiles()
-    if as_json:
-        print_json([profile.model_dump(mode="json") for profile in profiles])
-        return
-    rows = [
-        [
-            profile.name,
-            profile.description,
-            f"{profile.memory.total_gib.value:g}",
-            " · ".join(f"{backend} {decode.gbs.value:g}" for backend, decode in profile.decode.items()),
-            ", ".join(profile.names[1:]),
-        ]
-        for profile in profiles
-    ]
-    print_table("Devices", ("name", "device", "memory GiB", "effective decode GB/s", "also known as"), rows)
-
-
-@devices_app.command("show")
-def devices_show(
-    name: Annotated[str, typer.Argument(help="Profile name, path of a .toml, or host.")], as_json: AsJson = False
-) -> None:
-    """Show a device profile: every number with its interval, kind and source."""
-    from edgeprune.devices import load_profile
-    from edgeprune.output import figures_of
-
-    profile = load_profile(name)
-    if as_json:
-        print_json(profile.model_dump(mode="json"))
-        return
-    print_table(
-        f"{profile.name}: {profile.description}", ("figure", "value", "interval", "kind", "source"), figures_of(profile)
-    )
-    if profile.notes:
-        console.print(profile.notes.strip(), markup=False)

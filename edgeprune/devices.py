@@ -250,6 +250,16 @@ class DeviceProfile(_Model):
             return scale.backend
         return self.start.backend if runtime == "llamacpp" else None
 
+    def renamed(self, name: str) -> DeviceProfile:
+        """The profile as one of its own: another name, without aliases and variants.
+
+        Raises:
+            BadInput: no name that a profile can have.
+        """
+        if not re.match(_NAME, name) or name == "host":
+            raise BadInput(f"{name!r} is no name for a profile", remedy="use a-z, 0-9, '.', '_' and '-'")
+        return self.model_copy(update={"name": name, "aliases": (), "variants": {}})
+
     def called(self, name: str) -> DeviceProfile:
         """The profile under one of its `names`; a variant gets that variant's memory."""
         variant = self.variants.get(name)

@@ -55,6 +55,7 @@ from edgeprune.rounds import (
     nothing_fits,
     recovered,
 )
+from edgeprune.runtimes.bench import GATE_S
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates
 from edgeprune.targets import Target, default_targets, target_for
@@ -87,6 +88,7 @@ class FitOptions:
         recovery_s: seconds of recovery that the best pruned candidate gets; 0: none.
         limit: how many pruned candidates to make and measure at most; None: 2 of "obs", 10 of "amp", whose are quick.
         max_time_s: measure no further candidate after this many seconds, if one is measured.
+        gate_s: seconds that measuring speed here may lose to waiting for a quiet machine; None: it is not watched.
         resume: use trials that an earlier run in the same folder finished.
         seed: seed of self-generated text.
     """
@@ -102,6 +104,7 @@ class FitOptions:
     recovery_s: float = 0.0
     limit: int | None = None
     max_time_s: float | None = None
+    gate_s: float | None = GATE_S
     resume: bool = True
     seed: int = 0
 
@@ -252,6 +255,7 @@ def fit(
         reference,
         settings.threads,
         bench=profile.at_hand,
+        gate_s=settings.gate_s,
         context=budget.context,
         make=Maker(source, model_hash, calibration, settings.seed, _recovery_text(settings), settings.corpus_paths),
         texts=calibration,

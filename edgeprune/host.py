@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from edgeprune import files
-from edgeprune.devices import DeviceProfile, Figure, PositiveFigure, load_profile
+from edgeprune.devices import DeviceProfile, Figure, PositiveFigure, load_profile, read_profile
 from edgeprune.errors import BadInput
 from edgeprune.recognise import Host, Texts, recognise
 
@@ -147,8 +147,7 @@ def _kept_bandwidth(path: Path) -> PositiveFigure | None:
 
 def measured_bandwidth(host: Host, cores: int, memory_bytes: int) -> PositiveFigure:
     """The read bandwidth of this machine, from the cache or measured now (about 2 s)."""
-    key = fingerprint(host, memory_bytes, f"{platform.system()} {platform.release()} cores={cores}")
-    path = files.cache_dir() / f"host-{key}.json"
+    path = files.cache_dir() / f"host-{_key(host, cores, memory_bytes)}.json"
     if kept := _kept_bandwidth(path):
         return kept
     # A quarter of free memory at most: measuring must not push a small board into swap.
@@ -233,12 +232,28 @@ def generic_profile(host: Host, *, cores: int, memory_bytes: int, read_gbs: Figu
     return DeviceProfile.model_validate(values)
 
 
-def host_profile() -> DeviceProfile:
-    """The profile of this machine, named "host": a known device with the memory found here, or a measured one.
+def _key(host: Host, cores: int, memory_bytes: int) -> str:
+    return fingerprint(host, memory_bytes, f"{platform.system()} {platform.release()} cores={cores}")
+
+
+def measured_path() -> Path:
+    """Where `devices measure` keeps this machine's profile; another machine with the same home has another."""
+    cores = available_cores()
+    host = recognise(gather(), logical_cores=cores)
+    return files.config_dir() / "hosts" / f"{_key(host, cores, available_memory())}.toml"
+
+
+def host_profile(*, measured: bool = True) -> DeviceProfile:
+    """The profile of this machine, named "host": what `devices measure` found, else a known device's, else a guess.
+
+    Args:
+        measured: whether what `devices measure` found counts.
 
     Raises:
-        BadInput: the cache folder cannot be written to.
+        BadInput: the cache folder cannot be written to, or the kept profile is broken.
     """
+    if measured and (kept := measured_path()).is_file():
+        return read_profile(kept)
     cores, memory_bytes = available_cores(), available_memory()
     host = recognise(gather(), logical_cores=cores)
     if host.profile is None:

@@ -62,7 +62,7 @@ def prove_same_ids(gguf: Path, folder: Path, *, texts: Iterable[str] = PROOF_TEX
         BadInput: one of the two does not load.
     """
     try:
-        from edgeprune.runtimes.llamacpp import Vocabulary
+        from edgeprune.runtimes.llamacpp_vocabulary import Vocabulary
     except ImportError as error:
         raise missing_extra("llama-cpp-python", "llama") from error
     backend = load_tokenizer(folder).backend_tokenizer

@@ -23,7 +23,7 @@ from edgeprune.plan import PrunePlan, WidthPlan
 from edgeprune.quality import TextQuality, evaluate
 from edgeprune.record import SCHEMA_VERSION, Trial, environment, files_of
 from edgeprune.reference import load_reference
-from edgeprune.runtimes.bench import bench
+from edgeprune.runtimes.bench import GATE_S, bench
 from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.runtimes.records import to_dict
 from edgeprune.shape import ModelShape
@@ -51,6 +51,7 @@ class Workshop:
         threads: int,
         *,
         bench: bool,
+        gate_s: float | None = GATE_S,
         context: int,
         make: Make,
         texts: TextSet,
@@ -62,6 +63,7 @@ class Workshop:
         self.reference = reference
         self.threads = threads
         self.bench = bench
+        self.gate_s = gate_s
         self.context = context
 
     def export(self, candidate: Candidate, progress: Progress | None = None) -> Path:
@@ -173,6 +175,7 @@ class Workshop:
                     threads=self.threads,
                     runtime=candidate.target.runtime,
                     n_ctx=max(self.context, BENCH_CONTEXT),
+                    gate_s=self.gate_s,
                     timeout_s=TIMEOUT_S,
                 )
                 if result.status != "ok":
@@ -180,6 +183,8 @@ class Workshop:
                 speed = {record.test: to_dict(record) for record in result.records}
         except StageFailed as error:
             kind, _, rest = error.what.partition(": ")
+            if kind == "noisy":  # says nothing of the candidate: the run ends here, and goes on here when it is quiet
+                raise
             status = kind if kind in ("oom", "crash", "timeout") else "failed"
             reason = rest if status != "failed" else str(error)
             return Trial(key, candidate.name, status, reason, None, {}, files, time.monotonic() - start)
@@ -208,7 +213,7 @@ def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
         candidate.target.runtime,
         workshop.reference.name,
         workshop.threads,
-        workshop.bench and workshop.context,
+        workshop.bench and (workshop.context, workshop.gate_s is not None),
         here["edgeprune"],
         here["packages"],
         here["platform"],

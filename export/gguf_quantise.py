@@ -100,7 +100,7 @@ def quantise(
     try:
         import llama_cpp
 
-        from edgeprune.runtimes import llamacpp
+        from edgeprune.runtimes import llamacpp_library as llamacpp
     except ImportError as error:
         raise missing_extra("llama-cpp-python", "llama") from error
     llamacpp.start_backend()

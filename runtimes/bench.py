@@ -2,10 +2,11 @@
 
 The procedure is llama-bench's, so that the figures compare: random tokens, no sampling; pp is one prompt into an empty
 cache, tg is `n_gen` single steps from an empty cache; a warm-up, then repetitions with the cache cleared between them.
+Unlike llama-bench's, they go on for a least duration, and the machine is watched meanwhile (`conditions`, `repeat`).
 A runtime may offer `prefill(tokens)` and `step(token)`, which evaluate and wait for the end without copying logits out;
 without them `forward(last_only=True)` is timed. If its class takes `all_logits`, it is opened without room for them, as
-an application would. Its `description()` and its module's `build_info()`, where there are such, fill fields of the
-record.
+an application would; if it has a table `SETTINGS`, it takes `settings`. Its `description()` and its module's
+`build_info()`, where there are such, fill fields of the record.
 
 On memory. The peak is the measuring process's: weights, cache, compute buffers, and some 30 MiB of interpreter and
 numpy. All runtimes here map weights where they can, and a mapped page counts (VmHWM) once it was touched. So a peak may
@@ -22,7 +23,7 @@ import importlib
 import inspect
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,13 +35,18 @@ from numpy.typing import NDArray
 from edgeprune.errors import BadInput, StageFailed, unknown
 from edgeprune.runtimes import RUNTIMES, runtime_for
 from edgeprune.runtimes.base import Runtime
+from edgeprune.runtimes.conditions import Gate
 from edgeprune.runtimes.isolate import Outcome, Status, run_isolated
 from edgeprune.runtimes.records import Record, statistics
+from edgeprune.runtimes.repeat import repeat, sustain
+from edgeprune.runtimes.settings import Value
 
 Test = Literal["pp", "tg"]
 Progress = Callable[[dict[str, Any]], None]
 
 LEAST_RESIDENT = 0.5  # of the weights' bytes: see the module's docstring
+LEAST_S = 2.0  # of measured time, of each test
+GATE_S = 60.0  # for waiting until the machine is fit to be measured
 WARM_UP_STEPS = 4  # of decoding; llama-bench makes one, too few for runtimes that plan their memory at first use
 
 
@@ -80,6 +86,10 @@ def bench(
     threads: int,
     runtime: str | None = None,
     n_ctx: int | None = None,
+    settings: Mapping[str, Value] | None = None,
+    least_s: float = LEAST_S,
+    gate_s: float | None = GATE_S,
+    sustained_s: float | None = None,
     timeout_s: float = 600.0,
     memory_mib: int | None = None,
     progress: Progress | None = None,
@@ -90,17 +100,22 @@ def bench(
         path: what `open_runtime` loads.
         n_prompt: tokens of the prompt; 0 leaves that test out.
         n_gen: tokens to generate; 0 leaves that test out.
-        repetitions: samples of each test.
+        repetitions: samples of each test, at least.
         threads: threads of the runtime.
         runtime: its name; by default what the kind of file asks for.
         n_ctx: tokens that the cache has room for (memory depends on it); by default what each test needs.
-        timeout_s: seconds for each test, loading included.
+        settings: what the runtime is told beside (its table `SETTINGS`).
+        least_s: seconds of measured time of each test, at least.
+        gate_s: seconds that may be lost, in each test, to waiting for a quiet machine and to repetitions that were
+            disturbed; None: the machine is not watched, and the record says so.
+        sustained_s: seconds for which the last test then goes on without a pause.
+        timeout_s: seconds for each test, loading included, waiting and the sustained run left out.
         memory_mib: limit of each process's own memory (see `run_isolated`).
         progress: called with {"stage", "done", "total", "ts"} after each repetition; `ts` is its tokens/s.
 
     Raises:
         BadInput: a number out of range, an unknown runtime, or a file that cannot be loaded.
-        StageFailed: the measurement is not credible.
+        StageFailed: the measurement is not credible, or the machine was not fit to be measured.
     """
     name = runtime or runtime_for(path)
     if name not in RUNTIMES:
@@ -109,6 +124,8 @@ def bench(
         raise BadInput(f"nothing to measure: n_prompt {n_prompt}, n_gen {n_gen}", remedy="give at least one above 0")
     if repetitions < 1 or threads < 1:
         raise BadInput(f"repetitions ({repetitions}) and threads ({threads}) must be at least 1")
+    if least_s < 0 or (sustained_s is not None and sustained_s <= 0) or (gate_s is not None and gate_s <= 0):
+        raise BadInput("seconds must be above 0", where="bench")
     # One more than the prompt: the first token's own step belongs to its time.
     need = {"pp": n_prompt + 1 if n_prompt else 0, "tg": n_gen}
     if n_ctx is not None and n_ctx < max(need.values()):
@@ -119,7 +136,7 @@ def bench(
     for test, length in (("pp", n_prompt), ("tg", n_gen)):
         if not length:
             continue
-        arguments = {
+        arguments: dict[str, Any] = {
             "path": str(path),
             "runtime": name,
             "test": test,
@@ -127,12 +144,16 @@ def bench(
             "repetitions": repetitions,
             "threads": threads,
             "n_ctx": n_ctx or need[test],
+            "settings": dict(settings or {}),
+            "least_s": least_s,
+            "gate_s": gate_s,
+            "sustained_s": sustained_s if test == ("tg" if n_gen else "pp") else None,
         }
         test_time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         outcome = run_isolated(
             "edgeprune.runtimes.bench:measure",
             arguments,
-            timeout_s=timeout_s,
+            timeout_s=timeout_s + (gate_s or 0) + (arguments["sustained_s"] or 0),
             memory_mib=memory_mib,
             progress=progress,
         )
@@ -153,44 +174,62 @@ def measure(
     repetitions: int,
     threads: int,
     n_ctx: int,
+    settings: dict[str, Value] | None = None,
+    least_s: float = 0.0,
+    gate_s: float | None = None,
+    sustained_s: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """One test, in this process; `bench` calls it in one of its own.
 
     Returns:
-        {"samples_ns", "ttft_ns" (pp only), "load_ns", "description"}.
+        {"samples_ns", "ttft_ns" (pp only), "load_ns", "n_dropped", "machine", "sustained", "description"}.
 
     Raises:
-        BadInput: as the runtime's constructor.
+        BadInput: as the runtime's constructor, or settings for a runtime that has none.
+        StageFailed: the machine was not fit to be measured within `gate_s`.
     """
     module_name, class_name = RUNTIMES[runtime]
     module = importlib.import_module(module_name)  # before the clock starts: Python's imports are not the model's
     kind = getattr(module, class_name)
-    options = {"all_logits": False} if "all_logits" in inspect.signature(kind).parameters else {}
+    takes = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"all_logits": False} if "all_logits" in takes else {}
+    if settings and "settings" not in takes:
+        raise BadInput(f"the runtime {runtime} has no settings", remedy=f"leave out {', '.join(settings)}")
+    if settings:
+        options["settings"] = settings
     began = time.perf_counter_ns()
     model: Runtime = kind(Path(path), n_ctx=n_ctx, threads=threads, **options)
     load_ns = time.perf_counter_ns() - began
     random = np.random.default_rng(seed)
-    samples: list[int] = []
-    firsts: list[int] = []
+    once = _prompt_test if test == "pp" else _generation_test
+
+    def sample() -> tuple[int, int]:
+        tokens = _tokens(random, model, length)
+        with _no_garbage_collection():
+            return once(model, tokens)
+
+    def told(done: int, ns: int) -> None:
+        if progress is not None:
+            progress(
+                {"stage": f"{test}{length}", "done": done, "total": max(done, repetitions), "ts": 1e9 * length / ns}
+            )
+
     try:
-        once = _prompt_test if test == "pp" else _generation_test
         once(model, _tokens(random, model, length if test == "pp" else min(length, WARM_UP_STEPS)))
-        for repetition in range(repetitions):
-            tokens = _tokens(random, model, length)
-            with _no_garbage_collection():
-                sample, first = once(model, tokens)
-            samples.append(sample)
-            firsts.append(first)
-            if progress is not None:
-                told = {"stage": f"{test}{length}", "done": repetition + 1, "total": repetitions}
-                progress({**told, "ts": 1e9 * length / sample})
+        kept = repeat(
+            sample, repetitions=repetitions, least_s=least_s, gate=Gate(gate_s) if gate_s else None, told=told
+        )
+        lasting = sustain(sample, sustained_s, length) if sustained_s else None
         facts: list[dict[str, Any]] = [getattr(module, "build_info", dict)(), getattr(model, "description", dict)()]
         return {
-            "samples_ns": samples,
-            "ttft_ns": firsts if test == "pp" else None,
+            "samples_ns": kept.ns,
+            "ttft_ns": kept.first_ns if test == "pp" else None,
             "load_ns": load_ns,
+            "n_dropped": kept.dropped,
+            "machine": kept.machine,
+            "sustained": lasting,
             "description": {key: value for part in facts for key, value in part.items()},
         }
     finally:
@@ -275,6 +314,11 @@ def _record(path: Path, runtime: str, arguments: dict[str, Any], outcome: Outcom
         load_ms=value["load_ns"] / 1e6,
         peak_mib=outcome.peak_mib,
         runtime=runtime,
+        settings=arguments["settings"],
+        gated=arguments["gate_s"] is not None,
+        n_dropped=value["n_dropped"],
+        machine=value["machine"],
+        sustained=value["sustained"],
     )
 
 

@@ -1,209 +1,34 @@
-"""llama.cpp behind the runtime protocol, through its C interface: no Python work for each token but one call.
-
-A file passes `GgufFile` before llama.cpp sees it. llama.cpp's log is not printed; its complaint becomes the text
-of an error.
-"""
+"""llama.cpp behind the runtime protocol, through its C interface: no Python work for each token but one call."""
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import ctypes
-import functools
-import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import BadInput, StageFailed, missing_extra
+from edgeprune.errors import BadInput
 from edgeprune.runtimes.base import Logits, Tokens
-from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.llamacpp_library import Closing, build_info, failure, forget_complaints, llama_cpp, load_model
+from edgeprune.runtimes.llamacpp_vocabulary import Tokenizer, check_tokens
+from edgeprune.runtimes.settings import Setting, Value, check
 from edgeprune.runtimes.tree import Tree
 
-try:
-    import llama_cpp
-except ImportError as error:
-    raise missing_extra("llama-cpp-python", "llama") from error
+__all__ = ["LlamaCpp", "build_info"]
 
 N_BATCH, N_UBATCH = 2048, 512  # tokens; llama-bench's defaults
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h; llama-cpp-python's own table is of an older ggml
-
-_complaints: collections.deque[str] = collections.deque(maxlen=20)
-
-
-def _keep_complaint(level: int, text: bytes | None, _: Any) -> None:
-    if level == _ERROR and text and (line := text.decode("utf-8", "replace").strip()):
-        _complaints.append(line)
+_FLASH: dict[Value, int] = {
+    "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+_CACHE_TYPES = {"F16": llama_cpp.GGML_TYPE_F16, "Q8_0": llama_cpp.GGML_TYPE_Q8_0}
 
 
-# The library keeps the bare pointer: the object must live as long as the process does.
-_LOG_CALLBACK = llama_cpp.llama_log_callback(_keep_complaint)
-
-
-@functools.cache
-def start_backend() -> None:
-    """Initialise llama.cpp once, its log silenced."""
-    llama_cpp.llama_log_set(_LOG_CALLBACK, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-
-
-def forget_complaints() -> None:
-    """Empty the kept log; call it before what may fail."""
-    _complaints.clear()
-
-
-def failure(what: str, where: object) -> StageFailed:
-    """The error for a failed call: `what`, with llama.cpp's first error line (the later ones only repeat it)."""
-    return StageFailed(f"{what}: {_complaints[0] if _complaints else 'it gave no reason'}", where=where)
-
-
-def system_info() -> str:
-    """What llama.cpp found in this processor and was built with."""
-    start_backend()
-    return str(llama_cpp.llama_print_system_info().decode()).strip()
-
-
-def build_info() -> dict[str, str]:
-    """What is known of the build, under llama-bench's names where it has one; "unknown" where it does not say."""
-    start_backend()
-
-    def ask(symbol: str) -> str:
-        for library in (llama_cpp.llama_cpp._lib, _ggml_base()):
-            function = getattr(library, symbol, None)
-            if function is not None:
-                function.restype, function.argtypes = ctypes.c_char_p, []
-                answer = function()
-                return answer.decode() if answer else "unknown"
-        return "unknown"
-
-    # The wheel's library has the version of llama.cpp but not its commit; that of ggml is the same tree's.
-    return {
-        "build_commit": ask("ggml_commit"),
-        "llama_cpp_version": ask("llama_version"),
-        "ggml_version": ask("ggml_version"),
-        "llama_cpp_python": str(llama_cpp.__version__),
-        "backends": "CPU",
-    }
-
-
-def _ggml_base() -> ctypes.CDLL | None:
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    for library in sorted(folder.glob("*ggml-base*")):
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(library))
-    return None
-
-
-def _load(path: Path, *, vocab_only: bool) -> Any:
-    GgufFile(path).check_loadable()
-    start_backend()
-    forget_complaints()
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = vocab_only
-    params.n_gpu_layers = 0  # what is measured is the processor of a small device
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise failure("llama.cpp cannot load the model", path)
-    return model
-
-
-class _Closing:
-    """What frees memory of llama.cpp: at the end of a `with` block, or with the object. `close` may be called twice."""
-
-    def close(self) -> None:
-        """Free what is held."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # Without attributes its construction never began; at exit the library may be gone before its models.
-        if vars(self) and not sys.is_finalizing():
-            self.close()
-
-
-class Vocabulary(_Closing):
-    """The tokenizer in a GGUF file, without the weights.
-
-    Args:
-        path: the file; it may hold no tensors.
-
-    Raises:
-        BadInput: it is no sound GGUF file.
-        StageFailed: llama.cpp refuses it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._model: Any = None
-        self._model = _load(path, vocab_only=True)
-        self._tokenizer = _Tokenizer(self._model)
-        self.n_vocab = self._tokenizer.n_vocab
-
-    def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`; with `add_special` BOS and EOS where the file asks for them."""
-        return self._tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
-
-    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """Text of token ids, special tokens left out unless `special`."""
-        return self._tokenizer.decode(tokens, special=special)
-
-    def close(self) -> None:
-        """Free the vocabulary."""
-        if self._model:
-            llama_cpp.llama_model_free(self._model)
-            self._model = None
-
-
-class _Tokenizer:
-    """Text to ids and back, of a loaded model that its owner frees."""
-
-    def __init__(self, model: Any) -> None:
-        self._vocab = llama_cpp.llama_model_get_vocab(model)
-        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        raw = text.encode("utf-8", "replace")
-        room = len(raw) + 8  # a token has a byte at least, BOS and EOS come on top
-        while True:
-            buffer = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), buffer, room, add_special, parse_special)
-            if count >= 0:
-                return list(buffer[:count])
-            if -count <= room:
-                raise StageFailed("llama.cpp cannot tokenise the text", where=f"{len(raw)} bytes")
-            room = -count
-
-    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        _check_tokens(np.asarray(tokens, dtype=np.int64), self.n_vocab)
-        ids = (llama_cpp.llama_token * len(tokens))(*tokens)
-        room = 16 * len(tokens) + 16
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = llama_cpp.llama_detokenize(self._vocab, ids, len(tokens), buffer, room, not special, special)
-            if count >= 0:
-                return buffer.raw[:count].decode("utf-8", "replace")
-            room = -count
-
-
-def _check_tokens(tokens: NDArray[np.int64], n_vocab: int) -> None:
-    if tokens.ndim != 1:
-        raise BadInput(f"tokens must be a list of ids, found {tokens.ndim} dimensions")
-    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= n_vocab):
-        wrong = next(int(token) for token in tokens if not 0 <= token < n_vocab)
-        raise BadInput(f"token {wrong} is not in the vocabulary of {n_vocab}")
-
-
-class LlamaCpp(_Closing):
+class LlamaCpp(Closing):
     """A GGUF model in llama.cpp, on the processor.
 
     Args:
@@ -214,17 +39,32 @@ class LlamaCpp(_Closing):
             vocabulary; an application that only generates needs none, and measures its memory without.
         exact: keys and values in F32 and no flash attention, for comparisons. What llama.cpp does by itself is faster
             and rounds them to F16 (flash attention does so even with a cache in F32).
+        settings: values of `SETTINGS`.
 
     Raises:
-        BadInput: no sound GGUF file, or an impossible `n_ctx` or `threads`.
+        BadInput: no sound GGUF file, or an impossible `n_ctx`, `threads` or setting.
         StageFailed: llama.cpp refuses the model or has no memory for the context.
     """
 
     name: ClassVar[str] = "llamacpp"
     tree_tokens: ClassVar[int] = N_UBATCH
     tree_texts: ClassVar[int] = 128  # llama.cpp itself keeps at most 256 sequences apart
+    SETTINGS: ClassVar[dict[str, Setting]] = {
+        "flash_attn": Setting(("auto", False), "attention in one pass, without its matrix in memory"),
+        "n_ubatch": Setting((N_UBATCH, 256, 128), "tokens of a prompt computed at once", limits=(1, 4096)),
+        "cache_type": Setting(("F16", "Q8_0"), "how keys and values are kept; Q8_0 halves them", lossless=False),
+    }
 
-    def __init__(self, path: Path, *, n_ctx: int, threads: int, all_logits: bool = True, exact: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int,
+        threads: int,
+        all_logits: bool = True,
+        exact: bool = False,
+        settings: Mapping[str, Value] | None = None,
+    ) -> None:
         self._context: Any = None
         self._tree_context: Any = None
         self._model: Any = None
@@ -235,8 +75,9 @@ class LlamaCpp(_Closing):
             raise BadInput(f"{threads} threads", remedy="give a number from 1 to 512")
         self.path, self.n_ctx, self.threads, self.n_past = path, n_ctx, threads, 0
         self._all_logits, self._exact = all_logits, exact
-        self._model = _load(path, vocab_only=False)
-        self._tokenizer = _Tokenizer(self._model)
+        self._settings = check(settings or {}, self.SETTINGS)
+        self._model = load_model(path, vocab_only=False)
+        self._tokenizer = Tokenizer(self._model)
         self.n_vocab = self._tokenizer.n_vocab
         self._context = self._make_context()
         self._memory = llama_cpp.llama_get_memory(self._context)
@@ -250,11 +91,12 @@ class LlamaCpp(_Closing):
     def _new_context(self, n_ctx: int, *, texts: int = 1) -> Any:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch, params.n_ubatch = min(N_BATCH, n_ctx), min(N_UBATCH, n_ctx)
+        params.n_batch, params.n_ubatch = min(N_BATCH, n_ctx), min(int(self._settings["n_ubatch"]), n_ctx)
         params.n_threads = params.n_threads_batch = self.threads
         params.n_seq_max = texts
         params.kv_unified = texts > 1  # a token of several texts has one place in the cache
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+        params.flash_attn_type = _FLASH[self._settings["flash_attn"]]
+        params.type_k = params.type_v = _CACHE_TYPES[str(self._settings["cache_type"])]
         if self._exact:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
@@ -285,7 +127,7 @@ class LlamaCpp(_Closing):
 
     def _checked(self, tokens: Tokens) -> NDArray[np.int64]:
         ids = np.asarray(tokens, dtype=np.int64)
-        _check_tokens(ids, self.n_vocab)
+        check_tokens(ids, self.n_vocab)
         if self.n_past + ids.size > self.n_ctx:
             raise BadInput(
                 f"{self.n_past} + {ids.size} tokens do not fit the context of {self.n_ctx}",
@@ -339,7 +181,7 @@ class LlamaCpp(_Closing):
             StageFailed: llama.cpp fails.
         """
         self._open()
-        _check_tokens(tree.tokens, self.n_vocab)
+        check_tokens(tree.tokens, self.n_vocab)
         if not self._all_logits:
             raise BadInput("the model was opened with all_logits=False", where=self.path)
         self.rewind(0)

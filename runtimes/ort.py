@@ -13,6 +13,7 @@ from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Logits, Tokens
 from edgeprune.runtimes.onnx_file import MODEL, summary
+from edgeprune.runtimes.settings import Setting, Value, Values, check
 
 try:
     import onnxruntime
@@ -33,17 +34,23 @@ class OnnxRuntime:
         path: the folder; it is checked by `onnx_file.check_onnx` before ONNX Runtime sees it.
         n_ctx: positions of the cache.
         threads: threads of one operator (`intra_op_num_threads`).
-        session_config: further session configuration entries, e.g. {"session.intra_op.allow_spinning": "0"}.
+        settings: values of `SETTINGS`.
 
     Raises:
-        BadInput: the folder is unsafe or broken, no decoder with a cache, or made for fewer than `n_ctx` positions.
+        BadInput: the folder is unsafe or broken, no decoder with a cache, or made for fewer than `n_ctx` positions, or
+            a setting is not one.
     """
 
     name: ClassVar[str] = "onnxruntime"
+    SETTINGS: ClassVar[dict[str, Setting]] = {
+        "spinning": Setting((True, False), "idle threads spin between operators: faster, and busy"),
+        "dynamic_block": Setting(
+            (0, 4), "pieces of an operator's work handed out as threads come free", limits=(0, 64)
+        ),
+        "memory_arena": Setting((True, False), "freed buffers are kept for the next step"),
+    }
 
-    def __init__(
-        self, path: Path, *, n_ctx: int, threads: int, session_config: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, n_ctx: int, threads: int, settings: Mapping[str, Value] | None = None) -> None:
         info = summary(path)
         if n_ctx < 1 or threads < 1:
             raise BadInput(f"n_ctx {n_ctx} and threads {threads} must be at least 1", where=path)
@@ -54,7 +61,7 @@ class OnnxRuntime:
                 remedy=f"ask for at most {info.positions}, or export it with a longer context",
             )
         self.path, self.n_ctx, self.n_past = path, n_ctx, 0
-        self._session = _open(path, threads, session_config or {})
+        self._session = _open(path, threads, check(settings or {}, self.SETTINGS))
         inputs = {item.name: item for item in self._session.get_inputs()}
         outputs = {item.name: item for item in self._session.get_outputs()}
         past = [name for name in inputs if name.startswith("past_key_values.")]
@@ -172,13 +179,14 @@ class OnnxRuntime:
         return self._tokenizer
 
 
-def _open(path: Path, threads: int, config: Mapping[str, str]) -> Any:
+def _open(path: Path, threads: int, settings: Values) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # a default that callers may override is worth no warning at each load
-    for key, value in config.items():
-        options.add_session_config_entry(key, value)
+    options.enable_cpu_mem_arena = bool(settings["memory_arena"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings["spinning"])))
+    options.add_session_config_entry("session.dynamic_block_base", str(settings["dynamic_block"]))
     try:
         return onnxruntime.InferenceSession(str(path / MODEL), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base but this one

@@ -11,12 +11,13 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from edgeprune.errors import unknown
+from edgeprune.runtimes.settings import describe
 
 LEVEL = 0.95  # of the bootstrap interval
 RESAMPLES = 2000
@@ -37,6 +38,11 @@ class Record:
         load_ms: opening the model, ms, with whatever the page cache held.
         peak_mib: largest memory of the measuring process, MiB, mapped pages and the interpreter included.
         runtime: name of the runtime.
+        settings: what the runtime was told beside threads and context (`settings.Setting`).
+        gated: whether the machine was watched, and what disturbed the measurement thrown away.
+        n_dropped: repetitions that were.
+        machine: the machine before the first repetition and after the last, {"before", "after"} (`Snapshot.to_json`).
+        sustained: what `repeat.sustain` found; None if it was not asked for.
     """
 
     build_commit: str | None
@@ -68,6 +74,11 @@ class Record:
     load_ms: float
     peak_mib: float | None
     runtime: str
+    settings: dict[str, bool | int | str] = field(default_factory=dict)
+    gated: bool = False
+    n_dropped: int = 0
+    machine: dict[str, Any] | None = None
+    sustained: dict[str, Any] | None = None
 
     @property
     def test(self) -> str:
@@ -119,9 +130,12 @@ def from_dict(values: dict[str, Any]) -> Record:
     """The inverse of `to_dict`; unknown fields are left out.
 
     Raises:
-        KeyError: a field is missing.
+        KeyError: a field is missing that has no default.
     """
-    kept: dict[str, Any] = {field.name: values[field.name] for field in fields(Record)}
+    optional = {
+        item.name for item in fields(Record) if item.default is not MISSING or item.default_factory is not MISSING
+    }
+    kept = {item.name: values[item.name] for item in fields(Record) if item.name in values or item.name not in optional}
     for samples in ("samples_ns", "samples_ts"):
         kept[samples] = tuple(kept[samples])
     return Record(**kept)
@@ -133,8 +147,9 @@ def to_json(records: Sequence[Record]) -> str:
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """Comma-separated values, quoted, with a header; the samples are in the JSON only, as in llama-bench."""
-    names = [field.name for field in fields(Record) if not field.name.startswith("samples_")]
+    """Comma-separated values, quoted, with a header; what has parts is in the JSON only, as in llama-bench."""
+    nested = ("samples_ns", "samples_ts", "settings", "machine", "sustained")
+    names = [item.name for item in fields(Record) if item.name not in nested]
     text = io.StringIO()
     text.write(",".join(names) + "\n")
     writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
@@ -152,7 +167,7 @@ def to_markdown(records: Sequence[Record]) -> str:
         ("params", 10, lambda r: _params(r.model_n_params)),
         ("backend", -10, lambda r: r.backends),
         ("threads", 7, lambda r: str(r.n_threads)),
-        ("test", 15, lambda r: r.test),
+        ("test", 15, lambda r: " ".join(filter(None, (r.test, describe(r.settings))))),
         ("t/s", 20, lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
         ("median [95 %]", 26, lambda r: f"{r.median_ts:.2f} [{r.low_ts:.2f}, {r.high_ts:.2f}]"),
         ("peak MiB", 8, lambda r: "-" if r.peak_mib is None else f"{r.peak_mib:.0f}"),
@@ -165,6 +180,8 @@ def to_markdown(records: Sequence[Record]) -> str:
         )
         return "| " + " | ".join(padded) + " |"
 
+    if any(record.sustained for record in records):
+        columns.append(("sustained", 24, _sustained))
     rule = ["-" * (abs(width) - 1) + ("-" if width < 0 else ":") for _, width, _ in columns]
     lines = [line([title for title, _, _ in columns]), line(rule)]
     lines += [line([show(record) for _, _, show in columns]) for record in records]
@@ -183,6 +200,12 @@ def render(records: Sequence[Record], form: str) -> str:
     if form not in FORMATS:
         raise unknown("output format", form, FORMATS)
     return FORMATS[form](records)
+
+
+def _sustained(record: Record) -> str:
+    """Tokens/s at the end of the sustained run, and what that is of its beginning."""
+    found = record.sustained
+    return f"{found['ts']:.2f} ({100 * found['ts'] / found['first_ts']:.0f} % of first)" if found else "-"
 
 
 def _bytes(size: int) -> str:

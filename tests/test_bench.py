@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.runtimes.bench import BenchResult, bench, check_peak, cpu_info, measure, weight_bytes
+from edgeprune.runtimes.conditions import Gate, Snapshot
 from edgeprune.runtimes.records import Record, from_dict, median_interval, render, statistics, to_dict
 
 # In the order in which llama-bench writes them.
@@ -25,7 +26,10 @@ _MODEL = ["model_filename", "model_type", "model_size", "model_n_params"]
 _SETTINGS = ["n_batch", "n_ubatch", "n_threads", "n_prompt", "n_gen", "n_depth", "test_time"]
 _RESULTS = ["avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts"]
 LLAMA_BENCH = _HOST + _MODEL + _SETTINGS + _RESULTS
-OURS = ["median_ts", "low_ts", "high_ts", "ttft_ms", "load_ms", "peak_mib", "runtime"]
+MEASURED = ["median_ts", "low_ts", "high_ts", "ttft_ms", "load_ms", "peak_mib", "runtime"]
+OURS = [*MEASURED, "settings", "gated", "n_dropped", "machine", "sustained"]
+NESTED = ("samples_ns", "samples_ts", "settings", "machine", "sustained")
+QUICK: dict[str, Any] = {"least_s": 0.0, "gate_s": None}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,9 @@ def progress() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def result(folder: Path, progress: list[dict[str, Any]]) -> BenchResult:
-    return bench(folder, n_prompt=24, n_gen=6, repetitions=3, threads=1, timeout_s=120, progress=progress.append)
+    return bench(
+        folder, n_prompt=24, n_gen=6, repetitions=3, threads=1, timeout_s=120, progress=progress.append, **QUICK
+    )
 
 
 def test_both_tests_are_measured_in_their_own_process(folder: Path, result: BenchResult) -> None:
@@ -80,7 +86,7 @@ def test_progress_tells_each_repetition(result: BenchResult, progress: list[dict
 
 
 def test_one_test_alone(folder: Path) -> None:
-    result = bench(folder, n_prompt=0, n_gen=4, repetitions=1, threads=1)
+    result = bench(folder, n_prompt=0, n_gen=4, repetitions=1, threads=1, **QUICK)
     assert result.pp is None and result.tg is not None
     assert (result.tg.stddev_ts, result.tg.low_ts) == (0.0, result.tg.median_ts)
 
@@ -94,13 +100,13 @@ def test_measuring_clears_the_cache_between_repetitions(folder: Path) -> None:
 
 
 def test_a_deadline_is_a_result(folder: Path) -> None:
-    result = bench(folder, n_prompt=8, n_gen=4, repetitions=1, threads=1, timeout_s=0.05)
+    result = bench(folder, n_prompt=8, n_gen=4, repetitions=1, threads=1, timeout_s=0.05, **QUICK)
     assert result.status == "timeout" and result.records == ()
     assert result.reason is not None and result.reason.startswith("pp: no result within")
 
 
 def test_too_little_memory_is_a_result(folder: Path) -> None:
-    result = bench(folder, n_prompt=8, n_gen=4, repetitions=1, threads=1, memory_mib=40)
+    result = bench(folder, n_prompt=8, n_gen=4, repetitions=1, threads=1, memory_mib=40, **QUICK)
     assert result.status in ("oom", "crash") and result.records == ()
 
 
@@ -112,6 +118,8 @@ def test_too_little_memory_is_a_result(folder: Path) -> None:
         ({"repetitions": 0}, "at least 1"),
         ({"threads": 0}, "at least 1"),
         ({"n_ctx": 128, "n_prompt": 128}, "too small"),
+        ({"least_s": -1.0}, "must be above 0"),
+        ({"sustained_s": 0.0}, "must be above 0"),
         ({"runtime": "onnxruntim"}, "did you mean 'onnxruntime'"),
     ],
 )
@@ -149,7 +157,7 @@ def test_weights_are_counted_by_format(tmp_path: Path) -> None:
 
 
 def test_llamacpp_is_measured_on_the_demo_model(demo_gguf: Path) -> None:
-    result = bench(demo_gguf, n_prompt=16, n_gen=4, repetitions=1, threads=1, timeout_s=120)
+    result = bench(demo_gguf, n_prompt=16, n_gen=4, repetitions=1, threads=1, timeout_s=120, **QUICK)
     assert result.status == "ok" and result.pp is not None and result.tg is not None
     assert result.pp.runtime == "llamacpp" and result.pp.model_n_params == 134_515_008
     assert result.peak_mib is not None and result.pp.model_size == 96_576_768
@@ -159,6 +167,35 @@ def test_llamacpp_is_measured_on_the_demo_model(demo_gguf: Path) -> None:
 
 def test_the_processor_has_a_name() -> None:
     assert cpu_info()
+
+
+def test_a_watched_and_sustained_measurement_says_how_the_machine_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = Snapshot(at_s=0.0, processors=2, temperature_c=51.0)
+    monkeypatch.setattr("edgeprune.runtimes.bench.Gate", lambda seconds: Gate(seconds, look=lambda: calm))
+    value = measure(
+        path=str(folder),
+        runtime="pytorch",
+        test="tg",
+        length=4,
+        repetitions=2,
+        threads=1,
+        n_ctx=4,
+        gate_s=5.0,
+        sustained_s=0.2,
+    )
+    assert value["machine"] == {"before": calm.to_json(), "after": calm.to_json()} and value["n_dropped"] == 0
+    assert value["sustained"]["s"] >= 0.2 and value["sustained"]["ts"] > 0
+
+
+def test_a_machine_unfit_to_be_measured_gives_an_error_and_no_number(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot = Snapshot(at_s=0.0, processors=2, temperature_c=95.0)
+    monkeypatch.setattr("edgeprune.runtimes.bench.Gate", lambda seconds: Gate(0.0, look=lambda: hot))
+    with pytest.raises(StageFailed, match=r"noisy: .*95 °C"):
+        measure(path=str(folder), runtime="pytorch", test="tg", length=4, repetitions=2, threads=1, n_ctx=4, gate_s=5.0)
 
 
 # Records
@@ -210,7 +247,7 @@ def test_statistics_are_those_of_llama_bench(record: Record) -> None:
 
 def test_csv_reads_back(record: Record) -> None:
     rows = list(csv.DictReader(render([record, replace(record, n_prompt=0, n_gen=128)], "csv").splitlines()))
-    assert list(rows[0]) == [name for name in LLAMA_BENCH + OURS if not name.startswith("samples_")]
+    assert list(rows[0]) == [name for name in LLAMA_BENCH + OURS if name not in NESTED]
     assert rows[0]["cpu_info"] == record.cpu_info
     assert rows[0]["build_number"] == ""
     assert [row["n_gen"] for row in rows] == ["0", "128"]

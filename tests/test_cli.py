@@ -141,11 +141,30 @@ def test_prune_export_inspect_eval_and_bench_stand_alone(
     quality = json.loads(judged.stdout)["quality"]
     assert quality["kl_nats"]["mean"] > 0 and quality["measured_on"]["runtime"] == "llamacpp"
 
-    speed = edgeprune("bench", tmp_path / "model.gguf", "-p", 16, "-n", 8, "-r", 2, "-t", 1, "--output", "json")
+    speed = edgeprune(
+        "bench",
+        tmp_path / "model.gguf",
+        "-p",
+        16,
+        "-n",
+        8,
+        "-r",
+        2,
+        "-t",
+        1,
+        "--least",
+        "0.001s",
+        "--no-gate",
+        "--sustained",
+        "0.5s",
+        "--output",
+        "json",
+    )
     assert speed.returncode == 0, speed.stderr
     records = json.loads(speed.stdout)
     assert [(r["n_prompt"], r["n_gen"]) for r in records] == [(16, 0), (0, 8)]
-    assert all(r["avg_ts"] > 0 and len(r["samples_ts"]) == 2 for r in records)
+    assert all(r["avg_ts"] > 0 and len(r["samples_ts"]) >= 2 and not r["gated"] for r in records)
+    assert records[0]["sustained"] is None and records[1]["sustained"]["s"] >= 0.5
 
 
 def test_devices() -> None:

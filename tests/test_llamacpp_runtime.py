@@ -16,7 +16,9 @@ from edgeprune.export.gguf_quantise import quantise
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import generate
-from edgeprune.runtimes.llamacpp import LlamaCpp, Vocabulary, build_info, system_info
+from edgeprune.runtimes.llamacpp import LlamaCpp
+from edgeprune.runtimes.llamacpp_library import build_info, system_info
+from edgeprune.runtimes.llamacpp_vocabulary import Vocabulary
 
 TEXT = "The kettle sings in 2019: she'll carry 48,211 cars, and half of that.\n\ndef add(a, b): return a + b\n" * 2
 

@@ -101,8 +101,12 @@ def test_it_is_the_runtime_of_such_a_folder(exported: Path) -> None:
 
 
 def test_session_settings(exported: Path) -> None:
-    still = {"session.intra_op.allow_spinning": "0"}
-    OnnxRuntime(exported, n_ctx=8, threads=1, session_config=still).forward([1])
+    usual = OnnxRuntime(exported, n_ctx=8, threads=1).forward([1])
+    for settings in ({"spinning": False}, {"dynamic_block": 4}, {"memory_arena": False}):
+        other = OnnxRuntime(exported, n_ctx=8, threads=1, settings=settings).forward([1])
+        np.testing.assert_allclose(other, usual, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BadInput, match="spinning takes on, off"):
+        OnnxRuntime(exported, n_ctx=8, threads=1, settings={"spinning": 2})
     with pytest.raises(BadInput, match="at least 1"):
         OnnxRuntime(exported, n_ctx=0, threads=1)
 

@@ -18,7 +18,7 @@ from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_metadata
 from edgeprune.gguf_vocabulary import gguf_vocabulary, split_patterns
 from edgeprune.runtimes.gguf_file import GgufFile, Value, ValueType
-from edgeprune.runtimes.llamacpp import Vocabulary
+from edgeprune.runtimes.llamacpp_vocabulary import Vocabulary
 from edgeprune.tokenizer import (
     PRE_TOKENIZERS,
     merges_from_scores,

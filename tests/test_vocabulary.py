@@ -28,7 +28,8 @@ from edgeprune.export.gguf_writer import write_gguf, write_metadata
 from edgeprune.files import write_json
 from edgeprune.gguf_vocabulary import gguf_vocabulary
 from edgeprune.runtimes.gguf_file import GgufFile
-from edgeprune.runtimes.llamacpp import LlamaCpp, Vocabulary
+from edgeprune.runtimes.llamacpp import LlamaCpp
+from edgeprune.runtimes.llamacpp_vocabulary import Vocabulary
 from edgeprune.tokenizer_proof import PROOF_TEXTS, prove_same_ids
 from edgeprune.vocabulary import closure, derive, keep_tokens, read_vocabulary, smallest
 from edgeprune.vocabulary_counts import corpus, count_tokens

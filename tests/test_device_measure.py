@@ -1,0 +1,141 @@
+"""`devices measure` finds the figures of a machine that keeps to the predictor's law, and keeps them in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeprune.device_measure import measure_device, save_profile, solve, to_toml
+from edgeprune.devices import DeviceProfile, load_profile, parse_profile
+from edgeprune.errors import BadInput, StageFailed
+from edgeprune.export.yardstick import DEEP, FILLS, WIDE, Yardstick, write_yardstick
+from edgeprune.prediction import predict_file
+from edgeprune.runtimes.bench import BenchResult
+from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.llamacpp import LlamaCpp
+from edgeprune.runtimes.records import Record, statistics
+
+SHARES = {"Q4_0": 1.0, "IQ4_NL": 0.9, "Q4_K": 0.8, "Q6_K": 0.75, "Q8_0": 1.1, "F16": 1.2}
+
+
+def record(n_prompt: int, n_gen: int, threads: int, seconds: float) -> Record:
+    """A test that took so many seconds a token, each time."""
+    names: dict[str, Any] = dict.fromkeys(
+        ("build_number", "model_type", "model_n_params", "n_batch", "n_ubatch", "ttft_ms", "peak_mib")
+    )
+    count = n_prompt or n_gen
+    return Record(
+        **names,
+        build_commit="abc",
+        cpu_info="a law",
+        gpu_info="",
+        backends="CPU",
+        model_filename="m",
+        model_size=1,
+        n_threads=threads,
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        n_depth=0,
+        test_time="2026-01-01T00:00:00Z",
+        **statistics([round(1e9 * seconds * count)] * 3, count),
+        load_ms=1.0,
+        runtime="llamacpp",
+    )
+
+
+def machine(gbs: float, layer_ms: float, best: int = 4) -> Callable[..., BenchResult]:
+    """A machine whose tokens take W / (q B) + n c; with fewer than `best` threads B is less, with more a little."""
+
+    def bench(path: Path, *, n_prompt: int, n_gen: int, threads: int, **_: Any) -> BenchResult:
+        file = GgufFile(path)
+        reach = threads / best if threads < best else 1 - 0.1 * (threads - best)
+        cache = sum(2 * layer.kv_heads for layer in file.widths()) * 64 * n_gen
+        read = sum(file.bytes_by_part().values()) + cache
+        kind = path.stem.split("-", 1)[1]
+        seconds = read / (gbs * reach * SHARES[kind] * 1e9) + len(file.widths()) * layer_ms / 1e3
+        prompt = file.parameters / (60.0 * SHARES[kind] * 1e9)
+        records = [record(n_prompt, 0, threads, prompt)] if n_prompt else []
+        return BenchResult((*records, record(0, n_gen, threads, seconds)), "ok", None, None)
+
+    return bench
+
+
+@pytest.fixture(scope="module")
+def measured() -> DeviceProfile:
+    base = load_profile("rpi5").renamed("mine")
+    return measure_device(base, counts=[6, 4, 1], measure=machine(12.0, 0.05))
+
+
+def test_the_law_is_found_again(measured: DeviceProfile) -> None:
+    decode = measured.decode["cpu"]
+    assert decode.layer_ms is not None and decode.one_thread_gbs is not None
+    assert decode.gbs.value == pytest.approx(12.0, rel=1e-3)
+    assert decode.layer_ms.value == pytest.approx(0.05, rel=1e-2)
+    assert {name: decode.kernel[name].value for name in ("Q8_0", "F16", "IQ4_NL", "Q4_K_M", "Q4_K_S", "Q6_K")} == (
+        pytest.approx({"Q8_0": 1.1, "F16": 1.2, "IQ4_NL": 0.9, "Q4_K_M": 0.8, "Q4_K_S": 0.8, "Q6_K": 0.75}, rel=1e-2)
+    )
+    assert measured.threads == 4 and "6: " in measured.start.threads.source
+    assert measured.prefill["cpu"]["Q8_0"].value == pytest.approx(66.0, rel=1e-3)
+    assert decode.gbs.low < decode.gbs.value < decode.gbs.high and decode.gbs.kind == "measured"
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_another_model_is_predicted(measured: DeviceProfile, tmp_path: Path, kind: str) -> None:
+    shape = Yardstick("other", layers=20, hidden=512, neurons=1536, heads=8, kv_heads=2, vocabulary=4096)
+    path = write_yardstick(shape, kind, tmp_path / f"other-{kind}.gguf")
+    real = machine(12.0, 0.05)(path, n_prompt=64, n_gen=128, threads=4)
+    found = predict_file(path, measured).cost
+    assert real.tg is not None and found.decode_tps.value == pytest.approx(real.tg.median_ts, rel=0.01)
+    assert found.decode_tps.low < real.tg.median_ts < found.decode_tps.high
+    assert real.pp is not None and found.prefill_tps is not None
+    assert found.prefill_tps.value == pytest.approx(real.pp.median_ts, rel=0.01)
+
+
+def test_the_file_reads_back(measured: DeviceProfile, tmp_path: Path) -> None:
+    path = save_profile(measured, tmp_path / "profiles" / "mine.toml")
+    assert load_profile(str(path)) == measured
+    assert parse_profile(to_toml(load_profile("rk3588")), where="text") == load_profile("rk3588")
+
+
+@given(st.floats(1, 200), st.floats(0, 0.5))
+def test_two_yardsticks_give_bandwidth_and_layers(gbs: float, layer_ms: float) -> None:
+    from types import SimpleNamespace
+
+    wide, deep = (SimpleNamespace(shape=shape, read_bytes=size) for shape, size in ((WIDE, 73e6), (DEEP, 24e6)))
+    seconds = [y.read_bytes / gbs / 1e9 + y.shape.layers * layer_ms / 1e3 for y in (wide, deep)]
+    assert solve(wide, deep, *seconds) == (pytest.approx(gbs), pytest.approx(layer_ms, abs=1e-9))
+    found, none = solve(wide, deep, seconds[0], 0.5 * wide.read_bytes / gbs / 1e9 * 24 / 73)
+    assert none == 0.0 and found == pytest.approx(73e6 / seconds[0] / 1e9)
+
+
+def test_what_goes_wrong_is_said() -> None:
+    base = load_profile("rpi5")
+    with pytest.raises(StageFailed, match=r"wide-Q4_0\.gguf: oom: tg: killed"):
+        measure_device(base, counts=[1], measure=lambda *_, **__: BenchResult((), "oom", "tg: killed", None))
+    for name in ("host", "Mine!", ""):
+        with pytest.raises(BadInput, match="no name for a profile"):
+            base.renamed(name)
+
+
+@pytest.mark.parametrize("kind", [each.name for each in FILLS])
+def test_every_yardstick_runs_and_is_the_same_everywhere(kind: str, tmp_path: Path) -> None:
+    shape = Yardstick("tiny", layers=2, hidden=256, neurons=512, heads=4, kv_heads=2, vocabulary=512)
+    path = write_yardstick(shape, kind, tmp_path / "a.gguf")
+    assert path.read_bytes() == write_yardstick(shape, kind, tmp_path / "b.gguf").read_bytes()
+    file = GgufFile(path)
+    assert file.parameters == shape.parameters and {t.type for t in file.tensors.values()} == {kind, "F32"}
+    with LlamaCpp(path, n_ctx=16, threads=1) as model:
+        logits = model.forward([1, 2, 3])
+    assert model.n_vocab == 512 and np.isfinite(logits).all() and logits.std() > 0
+
+
+def test_an_unknown_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="Q4_0"):
+        write_yardstick(WIDE, "Q4_00", tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())
