@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from edgeprune.cli_ci import ci
 from edgeprune.cli_devices import devices_app
 from edgeprune.cli_look import AsJson, doctor, inspect, predict
 from edgeprune.cli_measure import Gate, Threads, bench, compare, evaluate, tune
@@ -238,6 +239,7 @@ app.command()(vocabulary)
 app.command()(bench)
 app.command()(compare)
 app.command()(tune)
+app.command()(ci)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
 app.command()(predict)

@@ -193,7 +193,5 @@ def to_toml(profile: DeviceProfile) -> str:
 
 def save_profile(profile: DeviceProfile, path: Path) -> Path:
     """Write a profile file; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_file(path) as temporary:
-        Path(temporary).write_text(to_toml(profile), encoding="utf-8")
+    files.write_text(path, to_toml(profile))
     return path

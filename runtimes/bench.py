@@ -92,6 +92,8 @@ def bench(
     sustained_s: float | None = None,
     timeout_s: float = 600.0,
     memory_mib: int | None = None,
+    python: str | None = None,
+    delay: float = 0.0,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Measure the model at `path`.
@@ -111,6 +113,8 @@ def bench(
         sustained_s: seconds for which the last test then goes on without a pause.
         timeout_s: seconds for each test, loading included, waiting and the sustained run left out.
         memory_mib: limit of each process's own memory (see `run_isolated`).
+        python: the interpreter that measures; default: this one. Another environment's may hold another build.
+        delay: share by which each repetition is made to take longer, to try what judges the figures.
         progress: called with {"stage", "done", "total", "ts"} after each repetition; `ts` is its tokens/s.
 
     Raises:
@@ -147,6 +151,7 @@ def bench(
             "settings": dict(settings or {}),
             "least_s": least_s,
             "gate_s": gate_s,
+            "delay": delay,
             "sustained_s": sustained_s if test == ("tg" if n_gen else "pp") else None,
         }
         test_time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -156,6 +161,7 @@ def bench(
             timeout_s=timeout_s + (gate_s or 0) + (arguments["sustained_s"] or 0),
             memory_mib=memory_mib,
             progress=progress,
+            python=python,
         )
         if outcome.peak_mib is not None:
             peaks.append(outcome.peak_mib)
@@ -178,6 +184,7 @@ def measure(
     least_s: float = 0.0,
     gate_s: float | None = None,
     sustained_s: float | None = None,
+    delay: float = 0.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -208,7 +215,12 @@ def measure(
     def sample() -> tuple[int, int]:
         tokens = _tokens(random, model, length)
         with _no_garbage_collection():
-            return once(model, tokens)
+            spent, first = once(model, tokens)
+            if delay:
+                began = time.perf_counter_ns()
+                time.sleep(delay * spent / 1e9)
+                spent += time.perf_counter_ns() - began
+            return spent, first
 
     def told(done: int, ns: int) -> None:
         if progress is not None:

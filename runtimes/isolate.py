@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def run_isolated(
     memory_mib: int | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     allow: Collection[str] = (),
+    python: str | None = None,
 ) -> Outcome:
     """Call `target` with `arguments` in a fresh interpreter and wait for its end.
 
@@ -104,10 +106,14 @@ def run_isolated(
             files, which the kernel can drop; RLIMIT_AS elsewhere).
         progress: called with each report, in the order in which they were sent.
         allow: further modules in which a target may lie.
+        python: the interpreter; default: this one's. Its environment must have edgeprune.
 
     Raises:
-        BadInput, NothingFits, StageFailed: as the function raised them; BadInput also for a target that is not ours.
+        BadInput, NothingFits, StageFailed: as the function raised them; BadInput also for a target that is not ours
+            and for an interpreter that is none.
     """
+    if python is not None and shutil.which(python) is None:
+        raise BadInput("cannot be run as an interpreter", where=python)
     module = target.partition(":")[0]
     if not (module.startswith(NAMESPACE) or module in allow):
         raise BadInput(f"will not run {target!r}", remedy=f"a target lies in the namespace {NAMESPACE}*")
@@ -122,7 +128,7 @@ def run_isolated(
     began = time.monotonic()
     # -P: the working folder is not on the path, so no file that lies there can pass for a module.
     with _Child(
-        [sys.executable, "-P", "-m", "edgeprune.runtimes.isolate", str(os.getpid())], line, began + timeout_s
+        [python or sys.executable, "-P", "-m", "edgeprune.runtimes.isolate", str(os.getpid())], line, began + timeout_s
     ) as child:
         child.watch(progress)
         return _judge(child, time.monotonic() - began, timeout_s, limited=memory_mib is not None)

@@ -40,6 +40,8 @@ class Arm:
         settings: what the runtime is told beside.
         runtime: its name; None: what the kind of file asks for.
         label: how it is called; "": by its file, threads and settings.
+        python: the interpreter that runs it, of an environment with another build of the runtime; None: this one.
+        delay: share by which each repetition is made to take longer, to try the judges themselves.
     """
 
     path: Path
@@ -47,6 +49,8 @@ class Arm:
     settings: Mapping[str, Value] = field(default_factory=dict)
     runtime: str | None = None
     label: str = ""
+    python: str | None = None
+    delay: float = 0.0
 
     def __str__(self) -> str:
         return self.label or " ".join(filter(None, (self.path.name, f"t={self.threads}", describe(self.settings))))
@@ -185,6 +189,8 @@ def race(
                 least_s=ROUND_LEAST_S,
                 gate_s=gate_s,
                 timeout_s=timeout_s,
+                python=arm.python,
+                delay=arm.delay,
             )
             if result.status != "ok":
                 raise StageFailed(f"{result.status}: {result.reason}", where=arm)
