@@ -26,7 +26,7 @@ def ci(
         ),
     ] = None,
     save_baseline: Annotated[
-        Path | None, typer.Option("--save-baseline", help="Keep this run and its files as the next one's baseline.")
+        Path | None, typer.Option("--save-baseline", help="If nothing regressed, keep the files as the next baseline.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results: JSON, JUnit XML, Markdown.")] = Path(
         "edgeprune-ci"
@@ -53,7 +53,7 @@ def ci(
             progress=stages,
         )
     write_all(report, out)
-    if save_baseline is not None:
+    if save_baseline is not None and not report.regressions:
         keep(report, save_baseline)
     if as_json:
         print_json(report.to_json())
