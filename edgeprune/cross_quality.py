@@ -20,6 +20,7 @@ from edgeprune.quality import CrossQuality, quality_from_json, text_fields
 from edgeprune.reference import Progress, Reference, finite_logits, isolated, load_reference, predictions, report
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import Runtime
+from edgeprune.runtimes.isolate import Execute, run_isolated
 
 
 def measure_across(
@@ -85,6 +86,7 @@ def evaluate_across(
     threads: int,
     timeout_s: float,
     memory_mib: int | None = None,
+    execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> CrossQuality:
     """`measure_across` of an exported file, in a process of its own. Raises as `evaluate`.
@@ -93,15 +95,15 @@ def evaluate_across(
         n_ctx: tokens of the file's cache.
     """
     arguments = {
-        "path": str(path),
-        "reference_folder": str(reference_folder),
+        "path": path,
+        "reference_folder": reference_folder,
         "texts": list(texts),
         "n_ctx": n_ctx,
         "runtime": runtime,
         "threads": threads,
     }
     record = isolated(
-        "edgeprune.cross_quality:evaluate_across_in_process", path, arguments, timeout_s, memory_mib, progress
+        "edgeprune.cross_quality:evaluate_across_in_process", path, arguments, timeout_s, memory_mib, progress, execute
     )
     quality = quality_from_json(record)
     assert isinstance(quality, CrossQuality)

@@ -30,6 +30,7 @@ from edgeprune.reference import (
 )
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import Runtime
+from edgeprune.runtimes.isolate import Execute, run_isolated
 
 SCHEMA = 1
 
@@ -212,6 +213,7 @@ def evaluate(
     threads: int,
     timeout_s: float,
     memory_mib: int | None = None,
+    execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> Quality:
     """`measure` of an exported file, in a process of its own.
@@ -220,8 +222,10 @@ def evaluate(
         BadInput: as `measure`, or the file is bad.
         StageFailed: the process failed, ran out of memory, crashed or was too slow; the message starts with which.
     """
-    arguments = {"path": str(path), "reference_folder": str(reference_folder), "runtime": runtime, "threads": threads}
-    record = isolated("edgeprune.quality:evaluate_in_process", path, arguments, timeout_s, memory_mib, progress)
+    arguments = {"path": path, "reference_folder": reference_folder, "runtime": runtime, "threads": threads}
+    record = isolated(
+        "edgeprune.quality:evaluate_in_process", path, arguments, timeout_s, memory_mib, progress, execute
+    )
     quality = quality_from_json(record)
     assert isinstance(quality, Quality)
     return quality
@@ -236,12 +240,15 @@ def evaluate_text(
     threads: int,
     timeout_s: float,
     memory_mib: int | None = None,
+    execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> TextQuality:
     """`measure_text` of an exported file, in a process of its own. Raises as `evaluate`."""
-    arguments = {"path": str(path), "text": text, "length": length, "runtime": runtime, "threads": threads}
+    arguments = {"path": path, "text": text, "length": length, "runtime": runtime, "threads": threads}
     return quality_from_json(
-        isolated("edgeprune.quality:evaluate_text_in_process", path, arguments, timeout_s, memory_mib, progress)
+        isolated(
+            "edgeprune.quality:evaluate_text_in_process", path, arguments, timeout_s, memory_mib, progress, execute
+        )
     )
 
 

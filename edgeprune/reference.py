@@ -24,7 +24,7 @@ from edgeprune.heldout import Window, digest, held_out
 from edgeprune.metrics import Accumulator, Coded, compare, encode
 from edgeprune.runtimes import open_runtime, runtime_for
 from edgeprune.runtimes.base import Logits, Runtime
-from edgeprune.runtimes.isolate import run_isolated
+from edgeprune.runtimes.isolate import Execute, run_isolated
 
 SCHEMA = 1
 ROW = np.dtype([("peak", "<f4"), ("step", "<f4"), ("top", "<i4")])  # what decodes a token's levels
@@ -246,14 +246,15 @@ def isolated(
     timeout_s: float,
     memory_mib: int | None,
     progress: Progress | None,
+    execute: Execute = run_isolated,
 ) -> Any:
-    """What `target` returns when run on the model at `path` in a process of its own.
+    """What `target` returns when run on the model at `path` in a process of its own, here or on a board.
 
     Raises:
         BadInput: as the function raises it.
         StageFailed: the process failed, ran out of memory, crashed or was too slow; the message starts with which.
     """
-    outcome = run_isolated(target, arguments, timeout_s=timeout_s, memory_mib=memory_mib, progress=progress)
+    outcome = execute(target, arguments, timeout_s=timeout_s, memory_mib=memory_mib, progress=progress)
     if outcome.status != "ok":
         raise StageFailed(f"{outcome.status}: {outcome.reason}", where=path)
     return outcome.value

@@ -36,7 +36,7 @@ from edgeprune.errors import BadInput, StageFailed, unknown
 from edgeprune.runtimes import RUNTIMES, runtime_for
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.conditions import Gate
-from edgeprune.runtimes.isolate import Outcome, Status, run_isolated
+from edgeprune.runtimes.isolate import Execute, Outcome, Status, run_isolated
 from edgeprune.runtimes.records import Record, statistics
 from edgeprune.runtimes.repeat import repeat, sustain
 from edgeprune.runtimes.settings import Value
@@ -94,6 +94,7 @@ def bench(
     memory_mib: int | None = None,
     python: str | None = None,
     delay: float = 0.0,
+    execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Measure the model at `path`.
@@ -115,6 +116,7 @@ def bench(
         memory_mib: limit of each process's own memory (see `run_isolated`).
         python: the interpreter that measures; default: this one. Another environment's may hold another build.
         delay: share by which each repetition is made to take longer, to try what judges the figures.
+        execute: runs the measuring process: here, or on a board.
         progress: called with {"stage", "done", "total", "ts"} after each repetition; `ts` is its tokens/s.
 
     Raises:
@@ -141,7 +143,7 @@ def bench(
         if not length:
             continue
         arguments: dict[str, Any] = {
-            "path": str(path),
+            "path": path,
             "runtime": name,
             "test": test,
             "length": length,
@@ -155,7 +157,7 @@ def bench(
             "sustained_s": sustained_s if test == ("tg" if n_gen else "pp") else None,
         }
         test_time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        outcome = run_isolated(
+        outcome = execute(
             "edgeprune.runtimes.bench:measure",
             arguments,
             timeout_s=timeout_s + (gate_s or 0) + (arguments["sustained_s"] or 0),
@@ -191,7 +193,7 @@ def measure(
     """One test, in this process; `bench` calls it in one of its own.
 
     Returns:
-        {"samples_ns", "ttft_ns" (pp only), "load_ns", "n_dropped", "machine", "sustained", "description"}.
+        {"samples_ns", "ttft_ns" (pp only), "load_ns", "n_dropped", "machine", "sustained", "cpu_info", "description"}.
 
     Raises:
         BadInput: as the runtime's constructor, or settings for a runtime that has none.
@@ -242,6 +244,7 @@ def measure(
             "n_dropped": kept.dropped,
             "machine": kept.machine,
             "sustained": lasting,
+            "cpu_info": cpu_info(),
             "description": {key: value for part in facts for key, value in part.items()},
         }
     finally:
@@ -307,7 +310,7 @@ def _record(path: Path, runtime: str, arguments: dict[str, Any], outcome: Outcom
     return Record(
         build_commit=says.get("build_commit"),
         build_number=says.get("build_number"),
-        cpu_info=cpu_info(),
+        cpu_info=value["cpu_info"],
         gpu_info=says.get("gpu_info", ""),
         backends=says.get("backends", "CPU"),
         model_filename=str(path),

@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 from edgeprune.errors import BadInput, EdgepruneError, NothingFits, StageFailed
 
@@ -85,6 +85,24 @@ class Outcome:
         return max(peaks, default=None)
 
 
+class Execute(Protocol):
+    """`run_isolated`, or what does the same elsewhere (`ssh.Link.run`), to which paths are files to bring along."""
+
+    def __call__(
+        self,
+        target: str,
+        arguments: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        memory_mib: int | None = None,
+        progress: Callable[[dict[str, Any]], None] | None = None,
+        allow: Collection[str] = (),
+        python: str | None = None,
+    ) -> Outcome:
+        """Call a function in a process of its own."""
+        ...
+
+
 def run_isolated(
     target: str,
     arguments: Mapping[str, Any],
@@ -99,8 +117,8 @@ def run_isolated(
 
     Args:
         target: "package.module:function"; the module lies in the `edgeprune` namespace or is named in `allow`.
-        arguments: keyword arguments, as JSON carries them. If the function has a parameter `progress` and the caller
-            listens, it gets a callable there that takes a dictionary.
+        arguments: keyword arguments, as JSON carries them; paths go as text. If the function has a parameter `progress`
+            and the caller listens, it gets a callable there that takes a dictionary.
         timeout_s: seconds until the whole process group is killed.
         memory_mib: limit of the child's own memory (RLIMIT_DATA on Linux: heap and private mappings, not mapped
             files, which the kernel can drop; RLIMIT_AS elsewhere).
@@ -119,7 +137,7 @@ def run_isolated(
         raise BadInput(f"will not run {target!r}", remedy=f"a target lies in the namespace {NAMESPACE}*")
     request = {
         "target": target,
-        "arguments": dict(arguments),
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         "memory_mib": memory_mib,
         "listening": progress is not None,
     }
