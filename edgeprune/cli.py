@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from edgeprune.cli_boards import boards_app
 from edgeprune.cli_ci import ci
 from edgeprune.cli_devices import devices_app
 from edgeprune.cli_look import AsJson, doctor, inspect, predict
-from edgeprune.cli_measure import Gate, Threads, bench, compare, evaluate, tune
+from edgeprune.cli_measure import BoardName, Gate, Threads, bench, compare, evaluate, tune
 from edgeprune.cli_prune import Calibration, Seed, prune
 from edgeprune.cli_recover import duration, recover
 from edgeprune.cli_vocabulary import vocabulary
@@ -101,6 +102,7 @@ def fit(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Use trials that an earlier run finished.")
     ] = True,
+    board: BoardName = None,
     gate: Gate = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
@@ -131,6 +133,7 @@ def fit(
         "targets": _targets(quant, runtime),
         "threads": _threads(threads),
         "gate_s": GATE_S if gate else None,
+        "board": board,
     }
     if method not in FIT_METHODS:
         raise unknown("method", method, FIT_METHODS)
@@ -245,6 +248,7 @@ app.command()(inspect)
 app.command()(predict)
 app.command()(doctor)
 app.add_typer(devices_app, name="devices")
+app.add_typer(boards_app, name="boards")
 
 
 def _quiet_libraries() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from edgeprune.cli_look import AsJson
-from edgeprune.cli_measure import Gate, cores, counts_of
+from edgeprune.cli_measure import BoardName, Gate, counts_of
+from edgeprune.errors import BadInput
 from edgeprune.output import Stages, console, print_json, print_table
 
 devices_app = typer.Typer(help="Device profiles.", no_args_is_help=True)
@@ -60,28 +62,38 @@ def devices_measure(
         str | None,
         typer.Option("--name", help="Keep it as a profile of this name. Default: as that of this machine, host."),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="Profile to take memory and budget from. Default: host.")
+    ] = None,
     threads: Annotated[
         str | None,
         typer.Option("--threads", "-t", help="Numbers of threads to try, by commas. Default: up to all cores."),
     ] = None,
+    board: BoardName = None,
     gate: Gate = True,
     as_json: AsJson = False,
 ) -> None:
-    """Make this machine's profile from short runs of the runtime on models of random weights; under 3 minutes."""
+    """Make a machine's profile from short runs of the runtime on models of random weights; under 3 minutes."""
+    from edgeprune.boards import place
     from edgeprune.device_measure import measure_device, save_profile
+    from edgeprune.devices import load_profile
     from edgeprune.files import config_dir
     from edgeprune.host import host_profile, measured_path
     from edgeprune.output import figures_of
-    from edgeprune.runtimes.bench import GATE_S
+    from edgeprune.runtimes.bench import GATE_S, bench
     from edgeprune.runtimes.tuning import thread_counts
 
-    base = host_profile(measured=False)
+    there = place(board)
+    if board is not None and (name is None or device is None):
+        raise BadInput("a board's profile needs a name and one to begin with", remedy="add --name NAME --device rpi5")
+    base = host_profile(measured=False) if device is None else load_profile(device)
     if name is not None:
         base = base.renamed(name)
     with Stages() as stages:
         profile = measure_device(
             base,
-            counts=counts_of(threads) or thread_counts(cores()),
+            counts=counts_of(threads) or thread_counts(there.threads),
+            measure=partial(bench, execute=there.execute),
             gate_s=GATE_S if gate else None,
             progress=stages,
         )

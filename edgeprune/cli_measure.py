@@ -30,6 +30,10 @@ Gate = Annotated[
     bool,
     typer.Option("--gate/--no-gate", help="Wait for a quiet, cool machine, or refuse to measure."),
 ]
+BoardName = Annotated[
+    str | None,
+    typer.Option("--board", help="Measure there: ssh://user@host[:port], or a name in boards.toml.", metavar="BOARD"),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the runtime: flash_attn=off, n_ubatch=128 …")
 ]
@@ -63,23 +67,27 @@ def bench(
     sustained: Annotated[
         str | None, typer.Option("--sustained", help="Then go on for so long without a pause: 60s, 10m.")
     ] = None,
+    board: BoardName = None,
     gate: Gate = True,
     output: Annotated[Form, typer.Option("--output", "-o", help="Form of the result.")] = Form.md,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each test.")] = 600.0,
 ) -> None:
     """Measure speed, time to first token and memory, each test in a process of its own, with llama-bench's names."""
+    from edgeprune.boards import place
     from edgeprune.errors import StageFailed
     from edgeprune.runtimes.bench import GATE_S
     from edgeprune.runtimes.bench import bench as run_bench
     from edgeprune.runtimes.records import render
     from edgeprune.runtimes.settings import parse
 
+    there = place(board, threads)
     result = run_bench(
         path,
         n_prompt=n_prompt,
         n_gen=n_gen,
         repetitions=repetitions,
-        threads=threads or cores(),
+        threads=there.threads,
+        execute=there.execute,
         settings=parse(settings or []),
         least_s=duration(least, "--least"),
         gate_s=GATE_S if gate else None,
@@ -185,6 +193,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items a task.")] = None,
     threads: Threads = None,
+    board: BoardName = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge an exported file in its runtime: KL, top-1, perplexity, bits per byte, and tasks."""
@@ -200,7 +209,8 @@ def evaluate(
             tasks=[name.strip() for name in tasks.split(",")] if tasks else [],
             data=data,
             limit=limit,
-            threads=threads or cores(),
+            threads=threads,
+            board=board,
             progress=stages,
         )
     if as_json:

@@ -210,6 +210,7 @@ class DeviceProfile(_Model):
     start: Start
     budget: BudgetDefaults | None = None
     base: Name | None = None
+    reachable: bool = False  # a board of this kind is there to be measured
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -232,8 +233,8 @@ class DeviceProfile(_Model):
 
     @property
     def at_hand(self) -> bool:
-        """Whether the device is this machine, so that speed and memory can be measured."""
-        return self.name == "host"
+        """Whether the device is this machine or a board in reach, so that speed and memory can be measured."""
+        return self.name == "host" or self.reachable
 
     @property
     def threads(self) -> int:

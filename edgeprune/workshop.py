@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edgeprune.boards import Place
 from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
 from edgeprune.cross_quality import evaluate_across
@@ -24,6 +25,7 @@ from edgeprune.quality import TextQuality, evaluate
 from edgeprune.record import SCHEMA_VERSION, Trial, environment, files_of
 from edgeprune.reference import load_reference
 from edgeprune.runtimes.bench import GATE_S, bench
+from edgeprune.runtimes.isolate import run_isolated
 from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.runtimes.records import to_dict
 from edgeprune.shape import ModelShape
@@ -52,6 +54,7 @@ class Workshop:
         *,
         bench: bool,
         gate_s: float | None = GATE_S,
+        place: Place | None = None,
         context: int,
         make: Make,
         texts: TextSet,
@@ -64,6 +67,7 @@ class Workshop:
         self.threads = threads
         self.bench = bench
         self.gate_s = gate_s
+        self.place = place or Place(run_isolated, threads)
         self.context = context
 
     def export(self, candidate: Candidate, progress: Progress | None = None) -> Path:
@@ -128,9 +132,10 @@ class Workshop:
                 path,
                 self.reference,
                 runtime=runtime,
-                threads=self.threads,
+                threads=self.place.threads,
                 timeout_s=TIMEOUT_S,
                 progress=progress,
+                execute=self.place.execute,
             )
         # With fewer tokens the same text is more of them: room for twice as many as the dense model reads at once.
         length = len(load_reference(self.reference).windows[0])
@@ -140,9 +145,10 @@ class Workshop:
             self._texts_of_windows,
             n_ctx=min(2 * length, candidate.shape.max_positions),
             runtime=runtime,
-            threads=self.threads,
+            threads=self.place.threads,
             timeout_s=TIMEOUT_S,
             progress=progress,
+            execute=self.place.execute,
         )
 
     def _scratch(self, candidate: Candidate) -> Path:
@@ -172,7 +178,8 @@ class Workshop:
             if self.bench:
                 result = bench(
                     path,
-                    threads=self.threads,
+                    threads=self.place.threads,
+                    execute=self.place.execute,
                     runtime=candidate.target.runtime,
                     n_ctx=max(self.context, BENCH_CONTEXT),
                     gate_s=self.gate_s,
@@ -212,7 +219,8 @@ def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
         candidate.target.quantisation,
         candidate.target.runtime,
         workshop.reference.name,
-        workshop.threads,
+        workshop.place.threads,
+        workshop.place.identity,
         workshop.bench and (workshop.context, workshop.gate_s is not None),
         here["edgeprune"],
         here["packages"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -18,9 +19,14 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import save_llama
 
+from edgeprune.boards import find_board, read_boards
+from edgeprune.cli import app
+from edgeprune.devices import Budget
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_gguf
+from edgeprune.fitting import fit
 from edgeprune.quality import Quality, evaluate
 from edgeprune.reference import make_reference
 from edgeprune.runtimes import ssh
@@ -317,6 +323,83 @@ def test_an_interrupt_ends_the_job_there(board: Board, model: Path) -> None:
     assert left_in(board) == []
     workers = [p for p in psutil.process_iter(["cmdline"]) if board.folder in " ".join(p.info["cmdline"] or [])]
     assert workers == []
+
+
+# By name, in commands
+
+
+@pytest.fixture
+def named(board: Board, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The board's name in the user's file."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    file = tmp_path / "config" / "edgeprune" / "boards.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        f'[loop]\nurl = "{board}"\nfolder = "{board.folder}"\npython = "{board.python}"\n'
+        f'ssh_config = "{board.ssh_config}"\nthreads = 1\n'
+    )
+    return "loop"
+
+
+def call(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as caught:
+        app([str(argument) for argument in arguments])
+    assert caught.value.code in (0, None)
+
+
+@needs_sshd
+def test_commands_on_a_board(
+    named: str, board: Board, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("boards", "check", named, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["cores"] == os.cpu_count() and "numpy" in told["packages"] and told["state"]["total_mib"] > 0
+    call("bench", model, "-p", 0, "-n", 4, "-r", 1, "--least", "0.01s", "--no-gate", "--board", named, "-o", "json")
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["n_threads"] == 1 and record["avg_ts"] > 0
+    text = tmp_path / "text.txt"
+    text.write_text("The kettle sings before the water boils, and nobody listens to it at all. " * 20)
+    call("eval", model, "--text", text, "--length", 32, "--board", named, "--json")
+    assert json.loads(capsys.readouterr().out)["quality"]["bits_per_byte"] > 0
+    assert [path.name for path in (Path(board.folder) / "blobs").iterdir()]
+    call("boards", "clean", named)
+    assert "removed 1 files; 0.0 MiB are kept" in capsys.readouterr().out
+
+
+@needs_sshd
+@pytest.mark.usefixtures("short_fit")
+def test_fit_measures_and_judges_its_candidates_there(named: str, board: Board, tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "llama", intermediate_size=512, max_position_embeddings=512)
+    options: dict[str, Any] = {"targets": ["Q8_0"], "method": "amp", "ratios": (0.0, 0.2), "threads": 1, "gate_s": None}
+    result = fit(folder, "rpi5", Budget(context=64), out=tmp_path / "run", board=named, **options)
+    assert result.trial.speed["tg128"]["median_ts"] > 0  # of a device that is not this machine: it was measured
+    record = json.loads((tmp_path / "run" / "fit.json").read_text())
+    assert record["device"]["name"] == "rpi5" and f"--board {named}" in record["commands"]["again"]
+    assert sorted(path.name for path in (Path(board.folder) / "trees").iterdir())
+    assert left_in(board) == []
+    again = fit(folder, "rpi5", Budget(context=64), out=tmp_path / "run", **options)  # no board: predicted only
+    assert again.trial.speed == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[pi]\nurl = 'http://pi'", "no address of a board"),
+        ("[pi]\nurl = 'ssh://pi'\nport = 3", "Extra inputs"),
+        ("['p i']\nurl = 'ssh://pi'", "match pattern"),
+        ("", "no boards in it"),
+        ("[pi", "not readable TOML"),
+    ],
+)
+def test_a_wrong_file_of_boards_is_one_line(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "lab.toml").write_text(text)
+    with pytest.raises(BadInput, match=match):
+        read_boards(tmp_path / "lab.toml")
+
+
+def test_an_unknown_name_names_the_known(named: str) -> None:
+    with pytest.raises(BadInput, match="did you mean 'loop'"):
+        find_board("lop")
 
 
 # Refusals
