@@ -16,6 +16,7 @@ from edgeprune.plan import PrunePlan
 from edgeprune.quality import CrossQuality, Quality, TextQuality
 from edgeprune.record import Trial, environment
 from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.tuning import Tuned
 from edgeprune.shape import ModelShape
 from edgeprune.vocabulary_plan import PLAN_FILE as VOCABULARY_PLAN
 from edgeprune.vocabulary_plan import VocabularyPlan
@@ -69,7 +70,9 @@ def _stop_tokens(source: Path) -> list[str]:
     return [token] if isinstance(token, str) else []
 
 
-def _bundle_json(result: FitResult, candidate: Candidate, trial: Trial, made: Made, model_file: str) -> dict[str, Any]:
+def _bundle_json(
+    result: FitResult, candidate: Candidate, trial: Trial, made: Made, model_file: str, tuned: Tuned | None
+) -> dict[str, Any]:
     profile, budget = result.proposal.profile, result.proposal.budget
     template = chat_template(made.source)
     assert trial.quality is not None
@@ -81,7 +84,8 @@ def _bundle_json(result: FitResult, candidate: Candidate, trial: Trial, made: Ma
         "device": profile.name,
         "budget": budget.model_dump(mode="json"),
         "n_ctx": budget.context,
-        "threads": candidate.cost.threads,
+        "threads": candidate.cost.threads if tuned is None else tuned.best.threads,
+        "settings": {} if tuned is None else dict(tuned.best.settings),
         "chat_template": template,
         "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "stop": _stop_tokens(made.source),
@@ -99,6 +103,7 @@ def _bundle_json(result: FitResult, candidate: Candidate, trial: Trial, made: Ma
             "perplexity": trial.quality.perplexity,
             "bits_per_byte": trial.quality.bits_per_byte,
             "speed": trial.speed,
+            "tuning": None if tuned is None else tuned.to_json(),
         },
         "judged_on": {"source": result.judged_on.source, "scripts": dict(result.judged_on.scripts)},
         "tokens_counted_on": None if made.vocabulary is None else made.vocabulary.counted_on(),
@@ -210,8 +215,11 @@ def write_bundle(
     trial: Trial,
     made: Made,
     out: Path,
+    tuned: Tuned | None = None,
 ) -> None:
     """Write the folder `out` (replaced when whole) around what was exported: a file or a folder.
+
+    Threads and settings are those that `tuned` found on the device; without it the profile's and the runtime's own.
 
     Raises:
         BadInput: the disk is full.
@@ -226,7 +234,7 @@ def write_bundle(
             shutil.copyfile(exported, temporary / model_file)
             copy_companions(made.companions, temporary)
             (temporary / GGUF_TOKENIZER).unlink(missing_ok=True)  # it is inside the model file already
-        bundle = _bundle_json(result, candidate, trial, made, model_file)
+        bundle = _bundle_json(result, candidate, trial, made, model_file, tuned)
         write_json(temporary / "bundle.json", bundle)
         made.plan.save(temporary / "prune_plan.json")
         if made.vocabulary is not None:

@@ -18,7 +18,8 @@ from edgeprune.cli_boards import boards_app
 from edgeprune.cli_ci import ci
 from edgeprune.cli_devices import devices_app
 from edgeprune.cli_look import AsJson, doctor, inspect, predict
-from edgeprune.cli_measure import BoardName, Gate, Threads, bench, compare, evaluate, tune
+from edgeprune.cli_measure import BoardName, Gate, Threads, bench, compare, evaluate
+from edgeprune.cli_measure import tune as tune_command
 from edgeprune.cli_prune import Calibration, Seed, prune
 from edgeprune.cli_recover import duration, recover
 from edgeprune.cli_vocabulary import vocabulary
@@ -103,6 +104,9 @@ def fit(
         bool, typer.Option("--resume/--no-resume", help="Use trials that an earlier run finished.")
     ] = True,
     board: BoardName = None,
+    tune: Annotated[
+        bool, typer.Option("--tune/--no-tune", help="Where speed is measured, find threads and settings of what ships.")
+    ] = True,
     gate: Gate = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
@@ -134,6 +138,7 @@ def fit(
         "threads": _threads(threads),
         "gate_s": GATE_S if gate else None,
         "board": board,
+        "tune": tune,
     }
     if method not in FIT_METHODS:
         raise unknown("method", method, FIT_METHODS)
@@ -241,7 +246,7 @@ app.command()(recover)
 app.command()(vocabulary)
 app.command()(bench)
 app.command()(compare)
-app.command()(tune)
+app.command(name="tune")(tune_command)
 app.command()(ci)
 app.command(name="eval")(evaluate)
 app.command()(inspect)

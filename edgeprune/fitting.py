@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from edgeprune.boards import place
+from edgeprune.boards import Place, place
 from edgeprune.bundle import Made, write_bundle
 from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
@@ -57,6 +57,7 @@ from edgeprune.rounds import (
     recovered,
 )
 from edgeprune.runtimes.bench import GATE_S
+from edgeprune.runtimes.tuning import Tuned, thread_counts, tune
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates
 from edgeprune.targets import Target, default_targets, target_for
@@ -91,6 +92,7 @@ class FitOptions:
         max_time_s: measure no further candidate after this many seconds, if one is measured.
         board: name or address of a board on which candidates are measured and judged; None: this machine.
         gate_s: seconds that measuring speed here may lose to waiting for a quiet machine; None: it is not watched.
+        tune: where speed is measured, find threads and settings of what ships.
         resume: use trials that an earlier run in the same folder finished.
         seed: seed of self-generated text.
     """
@@ -108,6 +110,7 @@ class FitOptions:
     max_time_s: float | None = None
     board: str | None = None
     gate_s: float | None = GATE_S
+    tune: bool = True
     resume: bool = True
     seed: int = 0
 
@@ -313,7 +316,8 @@ def fit(
             workshop.plan(candidate, proposal.shape),
             workshop.vocabulary_plan(candidate),
         )
-        write_bundle(result, candidate, trial, made, out / folder)
+        tuned = _tuned(path, candidate, there, settings, progress) if profile.at_hand and settings.tune else None
+        write_bundle(result, candidate, trial, made, out / folder, tuned)
     record = fit_record(
         result,
         model_hash=model_hash,
@@ -326,6 +330,19 @@ def fit(
     write_report(result, record)
     workshop.clean()
     return result
+
+
+def _tuned(path: Path, candidate: Candidate, there: Place, settings: FitOptions, progress: Progress | None) -> Tuned:
+    """How what ships runs fastest where it was measured."""
+    usual = there.threads
+    return tune(
+        path,
+        threads=thread_counts(usual),
+        runtime=candidate.target.runtime,
+        gate_s=settings.gate_s,
+        execute=there.execute,
+        progress=progress and (lambda stage, done, total: progress(f"tuning {stage}", done, total)),
+    )
 
 
 def _writable(out: Path) -> Path:

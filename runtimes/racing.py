@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.runtimes.bench import GATE_S, bench
+from edgeprune.runtimes.isolate import Execute, run_isolated
 from edgeprune.runtimes.settings import Value, describe
 
 LEVEL = 0.95
@@ -149,6 +150,7 @@ def race(
     n_gen: int,
     gate_s: float | None = GATE_S,
     timeout_s: float = 600.0,
+    execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> list[dict[str, list[float]]]:
     """Measure every arm once a round, in an order that rotates.
@@ -160,6 +162,7 @@ def race(
         n_gen: tokens to generate; 0 leaves that test out.
         gate_s: as in `bench`, for each measurement.
         timeout_s: as in `bench`.
+        execute: as in `bench`.
         progress: called before each measurement.
 
     Returns:
@@ -189,6 +192,7 @@ def race(
                 least_s=ROUND_LEAST_S,
                 gate_s=gate_s,
                 timeout_s=timeout_s,
+                execute=execute,
                 python=arm.python,
                 delay=arm.delay,
             )

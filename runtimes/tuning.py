@@ -15,6 +15,7 @@ from typing import Any
 
 from edgeprune.runtimes import RUNTIMES, runtime_for
 from edgeprune.runtimes.bench import GATE_S
+from edgeprune.runtimes.isolate import Execute, run_isolated
 from edgeprune.runtimes.racing import LEVEL, ROUNDS, Arm, Comparison, judge, race
 from edgeprune.runtimes.settings import Setting
 
@@ -80,6 +81,7 @@ def tune(
     n_gen: int = N_GEN,
     rounds: int = ROUNDS,
     gate_s: float | None = GATE_S,
+    execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> Tuned:
     """Find the threads and settings with which `path` answers soonest.
@@ -93,6 +95,7 @@ def tune(
         n_gen: tokens of its answer.
         rounds: of each race.
         gate_s: as in `bench`.
+        execute: as in `bench`.
         progress: called with (stage, rounds done, of how many).
 
     Raises:
@@ -112,7 +115,13 @@ def tune(
         speeds = [
             _turn(found, n_prompt, n_gen)
             for found in race(
-                [best, *rivals], rounds=rounds, n_prompt=n_prompt, n_gen=n_gen, gate_s=gate_s, progress=told
+                [best, *rivals],
+                rounds=rounds,
+                n_prompt=n_prompt,
+                n_gen=n_gen,
+                gate_s=gate_s,
+                execute=execute,
+                progress=told,
             )
         ]
         level = 1 - (1 - LEVEL) / len(rivals)

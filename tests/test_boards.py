@@ -32,7 +32,9 @@ from edgeprune.reference import make_reference
 from edgeprune.runtimes import ssh
 from edgeprune.runtimes.bench import bench
 from edgeprune.runtimes.board_setup import requirements, setup
+from edgeprune.runtimes.racing import Arm
 from edgeprune.runtimes.ssh import Board, Link, LinkBroken, code
+from edgeprune.runtimes.tuning import Tuned
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 needs_sshd = pytest.mark.skipif(SSHD is None, reason="no sshd on this machine (Debian: openssh-server)")
@@ -368,14 +370,20 @@ def test_commands_on_a_board(
 
 @needs_sshd
 @pytest.mark.usefixtures("short_fit")
-def test_fit_measures_and_judges_its_candidates_there(named: str, board: Board, tmp_path: Path) -> None:
+def test_fit_measures_and_judges_its_candidates_there(
+    named: str, board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_llama(tmp_path / "llama", intermediate_size=512, max_position_embeddings=512)
     options: dict[str, Any] = {"targets": ["Q8_0"], "method": "amp", "ratios": (0.0, 0.2), "threads": 1, "gate_s": None}
+    found = Tuned(Arm(tmp_path, 1, {"flash_attn": False}), ())
+    monkeypatch.setattr("edgeprune.fitting.tune", lambda path, **_: found)  # tests/test_racing.py tunes
     result = fit(folder, "rpi5", Budget(context=64), out=tmp_path / "run", board=named, **options)
     assert result.trial.speed["tg128"]["median_ts"] > 0  # of a device that is not this machine: it was measured
     record = json.loads((tmp_path / "run" / "fit.json").read_text())
     assert record["device"]["name"] == "rpi5" and f"--board {named}" in record["commands"]["again"]
     assert sorted(path.name for path in (Path(board.folder) / "trees").iterdir())
+    bundle = json.loads((tmp_path / "run" / "best" / "bundle.json").read_text())
+    assert (bundle["threads"], bundle["settings"]) == (1, {"flash_attn": False})
     assert left_in(board) == []
     again = fit(folder, "rpi5", Budget(context=64), out=tmp_path / "run", **options)  # no board: predicted only
     assert again.trial.speed == {}
