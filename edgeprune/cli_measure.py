@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,9 @@ def counts_of(text: str | None) -> list[int]:
 
 
 def bench(
-    path: File,
+    paths: Annotated[
+        list[Path], typer.Argument(help=".gguf files, ONNX folders, or checkpoint folders.", metavar="FILE...")
+    ],
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt (0: leave out).")] = 512,
     n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to generate (0: leave out).")] = 128,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="At least.")] = 5,
@@ -68,6 +70,15 @@ def bench(
         str | None, typer.Option("--sustained", help="Then go on for so long without a pause: 60s, 10m.")
     ] = None,
     board: BoardName = None,
+    boards: Annotated[
+        Path | None, typer.Option("--boards", help="TOML file of boards: measure every file on each of them.")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            "--scheduler", help="With --boards: a dask scheduler, whose workers have the boards.", metavar="URL"
+        ),
+    ] = None,
     gate: Gate = True,
     output: Annotated[Form, typer.Option("--output", "-o", help="Form of the result.")] = Form.md,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each test.")] = 600.0,
@@ -80,24 +91,51 @@ def bench(
     from edgeprune.runtimes.records import render
     from edgeprune.runtimes.settings import parse
 
+    options = {
+        "n_prompt": n_prompt,
+        "n_gen": n_gen,
+        "repetitions": repetitions,
+        "settings": parse(settings or []),
+        "least_s": duration(least, "--least"),
+        "gate_s": GATE_S if gate else None,
+        "sustained_s": duration(sustained, "--sustained") if sustained else None,
+        "timeout_s": timeout,
+    }
+    if boards is not None:
+        if board is not None:
+            raise BadInput("--board and --boards exclude each other")
+        _bench_lab(paths, boards, {**options, "threads": threads}, scheduler, output)
+        return
+    if scheduler is not None:
+        raise BadInput("--scheduler goes with --boards", remedy="name the file of boards")
     there = place(board, threads)
-    result = run_bench(
-        path,
-        n_prompt=n_prompt,
-        n_gen=n_gen,
-        repetitions=repetitions,
-        threads=there.threads,
-        execute=there.execute,
-        settings=parse(settings or []),
-        least_s=duration(least, "--least"),
-        gate_s=GATE_S if gate else None,
-        sustained_s=duration(sustained, "--sustained") if sustained else None,
-        timeout_s=timeout,
-    )
-    if result.records:
-        sys.stdout.write(render(result.records, output.value).rstrip("\n") + "\n")
-    if result.status != "ok":
-        raise StageFailed(f"{result.status}: {result.reason}", where=path)
+    results = [run_bench(path, threads=there.threads, execute=there.execute, **options) for path in paths]
+    if records := [record for result in results for record in result.records]:
+        sys.stdout.write(render(records, output.value).rstrip("\n") + "\n")
+    for path, result in zip(paths, results, strict=True):
+        if result.status != "ok":
+            raise StageFailed(f"{result.status}: {result.reason}", where=path)
+
+
+def _bench_lab(paths: list[Path], boards: Path, options: dict[str, Any], scheduler: str | None, output: Form) -> None:
+    from edgeprune.boards import read_boards
+    from edgeprune.errors import StageFailed
+    from edgeprune.lab import run_matrix, to_markdown
+
+    if output is Form.csv:
+        raise BadInput("a matrix has no CSV form", where="--output", remedy="choose md or json")
+    with Stages() as stages:
+        cells = run_matrix(paths, read_boards(boards), options, scheduler=scheduler, progress=stages)
+    if output is Form.json:
+        print_json([cell.to_json() for cell in cells])
+    else:
+        sys.stdout.write(to_markdown(cells))
+    if failed := [cell for cell in cells if cell.status != "ok"]:
+        first = failed[0]
+        raise StageFailed(
+            f"{len(failed)} of {len(cells)} failed, the first: {first.status}: {first.reason}",
+            where=f"{first.file} on {first.board}",
+        )
 
 
 def compare(

@@ -55,6 +55,7 @@ EXTRAS = {
     "matplotlib": "prune",
     "llama_cpp": "llama",
     "onnxruntime": "onnx",
+    "distributed": "lab",
     "tokenizers": "onnx",
     "onnx_ir": "export",
     "onnx": "export",

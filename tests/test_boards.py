@@ -27,6 +27,7 @@ from edgeprune.devices import Budget
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.fitting import fit
+from edgeprune.lab import run_matrix, to_markdown
 from edgeprune.quality import Quality, evaluate
 from edgeprune.reference import make_reference
 from edgeprune.runtimes import ssh
@@ -408,6 +409,54 @@ def test_a_wrong_file_of_boards_is_one_line(tmp_path: Path, text: str, match: st
 def test_an_unknown_name_names_the_known(named: str) -> None:
     with pytest.raises(BadInput, match="did you mean 'loop'"):
         find_board("lop")
+
+
+# A lab
+
+
+@pytest.fixture
+def lab(board: Board, tmp_path: Path) -> Path:
+    """A file with the board under two names, and one that is not there."""
+    rest = f'folder = "{board.folder}"\npython = "{board.python}"\nssh_config = "{board.ssh_config}"\nthreads = 1\n'
+    path = tmp_path / "lab.toml"
+    path.write_text(f'[one]\nurl = "{board}"\n{rest}[two]\nurl = "{board}"\n{rest}[gone]\nurl = "ssh://127.0.0.1:1"\n')
+    return path
+
+
+LAB: dict[str, Any] = {"n_prompt": 0, "n_gen": 4, "repetitions": 1, "least_s": 0, "gate_s": None, "threads": None}
+
+
+@needs_sshd
+def test_a_matrix_of_files_and_boards(lab: Path, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    shutil.copy(model, other)
+    cells = run_matrix([model, other], read_boards(lab), LAB)
+    assert [(cell.board, cell.file, cell.status) for cell in cells] == [
+        ("one", "tiny.gguf", "ok"),
+        ("one", "other.gguf", "ok"),
+        ("two", "tiny.gguf", "ok"),
+        ("two", "other.gguf", "ok"),
+        ("gone", "tiny.gguf", "failed"),
+        ("gone", "other.gguf", "failed"),
+    ]
+    assert all(cell.records[0].avg_ts > 0 for cell in cells[:4]) and "the link is down" in (cells[4].reason or "")
+    table = to_markdown(cells).splitlines()
+    assert len(table) == 8 and table[2].startswith("| one | tiny.gguf | tg4 |") and "failed: " in table[-1]
+    with pytest.raises(BadInput, match="two files have the same name"):
+        run_matrix([model, model], read_boards(lab), LAB)
+
+
+@needs_sshd
+def test_a_matrix_through_a_scheduler(lab: Path, model: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    boards = {name: entry for name, entry in read_boards(lab).items() if name != "gone"}
+    options: dict[str, Any] = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(**options, resources={"board:one": 1, "board:two": 1}) as cluster:
+        cells = run_matrix([model], boards, LAB, scheduler=cluster.scheduler_address)
+        assert [(cell.board, cell.status) for cell in cells] == [("one", "ok"), ("two", "ok")]
+        assert all(cell.records[0].n_gen == 4 for cell in cells)
+        with pytest.raises(BadInput, match="no worker has the board 'gone'; .*--resources \"board:gone=1\""):
+            run_matrix([model], read_boards(lab), LAB, scheduler=cluster.scheduler_address)
 
 
 # Refusals
