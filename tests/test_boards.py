@@ -455,7 +455,7 @@ def test_a_matrix_through_a_scheduler(lab: Path, model: Path) -> None:
         cells = run_matrix([model], boards, LAB, scheduler=cluster.scheduler_address)
         assert [(cell.board, cell.status) for cell in cells] == [("one", "ok"), ("two", "ok")]
         assert all(cell.records[0].n_gen == 4 for cell in cells)
-        with pytest.raises(BadInput, match="no worker has the board 'gone'; .*--resources \"board:gone=1\""):
+        with pytest.raises(BadInput, match=r"no worker has the board 'gone'; .*--resources \"board:gone=1\""):
             run_matrix([model], read_boards(lab), LAB, scheduler=cluster.scheduler_address)
 
 
