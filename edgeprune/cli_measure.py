@@ -91,7 +91,7 @@ def bench(
     from edgeprune.runtimes.records import render
     from edgeprune.runtimes.settings import parse
 
-    options = {
+    options: dict[str, Any] = {
         "n_prompt": n_prompt,
         "n_gen": n_gen,
         "repetitions": repetitions,
