@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Packages are pinned for CI and for these targets; `pip install .` alone takes the lower bounds of pyproject.toml.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help fit test test-slow lint format install install-dev benchmarks clean
+.PHONY: help fit test test-slow test-arm lint format install install-dev benchmarks clean
 
 help:
 	@echo "make fit         install, then run the main job on the demo model for a Raspberry Pi 5"
 	@echo "make test        install with the test extra, then run the tests"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-arm    files judged on an emulated ARM board; as root"
 	@echo "make lint        ruff and mypy"
 	@echo "make benchmarks  measure again what the README's tables show (EDGEPRUNE_DATA names the data folder)"
 
@@ -44,6 +45,10 @@ test: install-dev
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m slow
+
+# Builds an emulated board at first use (a quarter of an hour); needs root and Debian's packages, which it names.
+test-arm: install-dev
+	$(BIN)/python -m pytest -m arm -s tests/arm
 
 # mypy follows no import hooks, so it gets the package laid out as an installed one, by links.
 lint: install-dev
