@@ -1,6 +1,6 @@
-"""Does `edgeprune bench` measure what llama-bench measures? Both on one file, turn by turn, as a table and as JSON.
+"""Does the harness measure what llama-bench measures? Both on one file, turn by turn, as a table and as JSON.
 
-    python benchmarks/bench_parity.py MODEL.gguf --llama-bench PATH [--installed-libraries] [--rounds 6]
+    python benchmarks/harness.py MODEL.gguf --llama-bench PATH [--installed-libraries] [--rounds 12]
 
 llama-bench is not in llama-cpp-python's wheel: build it from the source in its sdist (`vendor/llama.cpp`). With
 `--installed-libraries` it is run on the wheel's own libllama and libggml, so that both sides run the same machine code.
@@ -27,7 +27,8 @@ import numpy as np
 from edgeprune.errors import BadInput, EdgepruneError, StageFailed
 from edgeprune.files import write_json
 from edgeprune.runtimes.bench import bench, cpu_info
-from edgeprune.runtimes.records import median_interval, to_dict
+from edgeprune.runtimes.racing import judge
+from edgeprune.runtimes.records import to_dict
 
 TOLERANCE = 0.03  # of the ratio, either way
 
@@ -53,6 +54,7 @@ def ours(settings: Settings, n_prompt: int, n_gen: int) -> dict[str, Any]:
         repetitions=settings.repetitions,
         threads=settings.threads,
         runtime="llamacpp",
+        least_s=0.0,  # as many repetitions as llama-bench makes
         timeout_s=settings.timeout_s,
     )
     if result.status != "ok":
@@ -107,21 +109,21 @@ def compare(settings: Settings, tests: dict[str, tuple[int, int]], rounds: int) 
 
 
 def summarise(rows: Sequence[dict[str, Any]], test: str) -> dict[str, Any]:
-    """Median ratio of a test with its interval over rounds, and the ratio of the best samples.
+    """The paired ratio of a test with its interval over rounds, and the ratio of the best samples.
 
     Whatever disturbs a sample makes it slower, so the best ones compare the tools where the machine was loaded.
     """
     mine = [row for row in rows if row["test"] == test]
-    ratios = [row["ratio"] for row in mine]
     samples = {tool: [ts for row in mine for ts in row[tool]["samples_ts"]] for tool in ("ours", "theirs")}
-    low, high = median_interval(ratios)
+    medians = {tool: [float(np.median(row[tool]["samples_ts"])) for row in mine] for tool in samples}
+    found = judge(test, medians["theirs"], medians["ours"])
     return {
         "test": test,
-        "ours_ts": float(np.median(samples["ours"])),
-        "theirs_ts": float(np.median(samples["theirs"])),
-        "ratio": float(np.median(ratios)),
-        "ratio_low": low,
-        "ratio_high": high,
+        "ours_ts": found.medians[1],
+        "theirs_ts": found.medians[0],
+        "ratio": found.ratio,
+        "ratio_low": found.low,
+        "ratio_high": found.high,
         "best_ratio": max(samples["ours"]) / max(samples["theirs"]),
         "rounds": len(mine),
     }
@@ -159,13 +161,13 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="a GGUF file")
     parser.add_argument("--llama-bench", type=Path, required=True, help="the program")
     parser.add_argument("--installed-libraries", action="store_true", help="run it on llama-cpp-python's libraries")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--repetitions", type=int, default=5, help="samples of each test in a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--n-prompt", type=int, default=512)
     parser.add_argument("--n-gen", type=int, default=128)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one run of either tool")
-    parser.add_argument("--out", type=Path, default=Path("bench_parity.json"))
+    parser.add_argument("--out", type=Path, default=Path("harness.json"))
     options = parser.parse_args()
     tests = {f"pp{options.n_prompt}": (options.n_prompt, 0), f"tg{options.n_gen}": (0, options.n_gen)}
     try:
