@@ -135,8 +135,10 @@ def _llamacpp() -> str:
     library = importlib.import_module("llama_cpp")
     info = library.llama_print_system_info().decode("utf-8", errors="replace")
     on = re.findall(r"([A-Z0-9_]+) = 1\b", info)
-    offload = "with GPU offload" if library.llama_supports_gpu_offload() else "CPU only"
-    return f"{offload}; {' '.join(dict.fromkeys(on))}"
+    from edgeprune.runtimes.llamacpp_devices import gpus
+
+    found = "; ".join(map(str, gpus())) or "CPU only"
+    return f"{found}; {' '.join(dict.fromkeys(on))}"
 
 
 def _onnxruntime() -> str:

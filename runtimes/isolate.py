@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 
 from edgeprune.errors import BadInput, EdgepruneError, NothingFits, StageFailed
+from edgeprune.runtimes.nvml import process_mib
 
 _FIELDS = ("VmHWM:", "VmRSS:", "VmSwap:", "VmData:")
 _NEARLY = 0.7  # of the limit; what could not be had is not among what is held
@@ -50,6 +51,7 @@ _OOM_PHRASES = (
     "failed to allocate",
     "unable to allocate",
     "out of memory",
+    "outofdevicememory",  # of Vulkan
     "memoryerror",
     "failed to map segment",  # of the dynamic loader, when an import meets the limit
 )
@@ -65,6 +67,7 @@ class Outcome:
         value: what the function returned, as JSON carries it; None unless "ok".
         reason: one line on why it is not "ok"; None if it is.
         peak_rss_mib: VmHWM, MiB: the largest resident set of the child, pages of mapped files included.
+        peak_gpu_mib: the largest memory that was seen on NVIDIA's GPUs, MiB; None where NVML does not tell.
         peak_total_mib: the largest VmRSS + VmSwap that was seen, MiB (sampled, so short peaks may be missed).
         wall_s: seconds from the start of the interpreter to its end.
         output: the end of what the child printed.
@@ -77,6 +80,7 @@ class Outcome:
     peak_total_mib: float | None
     wall_s: float
     output: str = ""
+    peak_gpu_mib: float | None = None
 
     @property
     def peak_mib(self) -> float | None:
@@ -163,6 +167,7 @@ class _Child:
         self.output = b""
         self.peak_rss_mib: float | None = None
         self.peak_total_mib: float | None = None
+        self.peak_gpu_mib: float | None = None
         self._pending = b""
         self._reports, reports = os.pipe()
         self._printed, printed = os.pipe()
@@ -257,6 +262,8 @@ class _Child:
             self.peak_rss_mib = max(self.peak_rss_mib or 0.0, sizes["VmHWM"])
             total = sizes.get("VmRSS", 0.0) + sizes.get("VmSwap", 0.0)
             self.peak_total_mib = max(self.peak_total_mib or 0.0, total)
+        if (held := process_mib(self.process.pid)) is not None:
+            self.peak_gpu_mib = max(self.peak_gpu_mib or 0.0, held)
 
 
 def memory_mib(pid: int | None = None) -> dict[str, float]:
@@ -275,7 +282,7 @@ def _judge(child: _Child, wall_s: float, timeout_s: float, *, limited: bool) -> 
     peak = max((p for p in (child.peak_rss_mib, result.get("peak_rss_mib")) if p is not None), default=None)
 
     def outcome(status: Status, reason: str | None = None, value: Any = None) -> Outcome:
-        return Outcome(status, value, reason, peak, child.peak_total_mib, wall_s, output)
+        return Outcome(status, value, reason, peak, child.peak_total_mib, wall_s, output, child.peak_gpu_mib)
 
     if child.timed_out:
         return outcome("timeout", f"no result within {timeout_s:g} s")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput
 from edgeprune.runtimes.base import Logits, Tokens
+from edgeprune.runtimes.llamacpp_devices import require_gpu
 from edgeprune.runtimes.llamacpp_library import Closing, build_info, failure, forget_complaints, llama_cpp, load_model
 from edgeprune.runtimes.llamacpp_vocabulary import Tokenizer, check_tokens
 from edgeprune.runtimes.settings import Setting, Value, check
@@ -25,6 +26,8 @@ _FLASH: dict[Value, int] = {
     "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
     False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
+ALL_LAYERS = 999  # more than any model has
+_GPU_LAYERS = (0, ALL_LAYERS) if llama_cpp.llama_supports_gpu_offload() else (0,)
 _CACHE_TYPES = {"F16": llama_cpp.GGML_TYPE_F16, "Q8_0": llama_cpp.GGML_TYPE_Q8_0}
 
 
@@ -52,6 +55,7 @@ class LlamaCpp(Closing):
     SETTINGS: ClassVar[dict[str, Setting]] = {
         "flash_attn": Setting(("auto", False), "attention in one pass, without its matrix in memory"),
         "n_ubatch": Setting((N_UBATCH, 256, 128), "tokens of a prompt computed at once", limits=(1, 4096)),
+        "gpu_layers": Setting(_GPU_LAYERS, "layers computed by the GPU, the last first", limits=(0, ALL_LAYERS)),
         "cache_type": Setting(("F16", "Q8_0"), "how keys and values are kept; Q8_0 halves them", lossless=False),
     }
 
@@ -76,7 +80,8 @@ class LlamaCpp(Closing):
         self.path, self.n_ctx, self.threads, self.n_past = path, n_ctx, threads, 0
         self._all_logits, self._exact = all_logits, exact
         self._settings = check(settings or {}, self.SETTINGS)
-        self._model = load_model(path, vocab_only=False)
+        self._gpus = require_gpu() if self._settings["gpu_layers"] else []
+        self._model = load_model(path, vocab_only=False, gpu_layers=int(self._settings["gpu_layers"]))
         self._tokenizer = Tokenizer(self._model)
         self.n_vocab = self._tokenizer.n_vocab
         self._context = self._make_context()
@@ -100,7 +105,7 @@ class LlamaCpp(Closing):
         if self._exact:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-        params.offload_kqv = params.op_offload = False
+        params.offload_kqv = params.op_offload = bool(self._gpus)
         params.no_perf = True
         if not self._all_logits:
             params.n_outputs_max = 1
@@ -257,7 +262,12 @@ class LlamaCpp(Closing):
         self._open()
         text = ctypes.create_string_buffer(128)
         llama_cpp.llama_model_desc(self._model, text, len(text))
+        used = {
+            "backends": ",".join(gpu.name.rstrip("0123456789") for gpu in self._gpus),
+            "gpu_info": ", ".join(gpu.description for gpu in self._gpus),
+        }
         return {
+            **(used if self._gpus else {}),
             "model_type": text.value.decode("utf-8", "replace"),
             "model_size": int(llama_cpp.llama_model_size(self._model)),
             "model_n_params": int(llama_cpp.llama_model_n_params(self._model)),

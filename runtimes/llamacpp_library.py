@@ -102,13 +102,19 @@ def _ggml_base() -> ctypes.CDLL | None:
     return None
 
 
-def load_model(path: Path, *, vocab_only: bool) -> Any:
+def load_model(path: Path, *, vocab_only: bool, gpu_layers: int = 0) -> Any:
+    """Load a file that has been checked; `gpu_layers` of its layers, counted from the last, go to the GPU.
+
+    Raises:
+        BadInput: it is no sound GGUF file.
+        StageFailed: llama.cpp refuses it.
+    """
     GgufFile(path).check_loadable()
     start_backend()
     forget_complaints()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
-    params.n_gpu_layers = 0  # what is measured is the processor of a small device
+    params.n_gpu_layers = gpu_layers
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise failure("llama.cpp cannot load the model", path)

@@ -43,6 +43,7 @@ class Record:
         n_dropped: repetitions that were.
         machine: the machine before the first repetition and after the last, {"before", "after"} (`Snapshot.to_json`).
         sustained: what `repeat.sustain` found; None if it was not asked for.
+        peak_gpu_mib: largest memory of the measuring process on NVIDIA's GPUs, MiB; None where that is not told.
     """
 
     build_commit: str | None
@@ -79,6 +80,7 @@ class Record:
     n_dropped: int = 0
     machine: dict[str, Any] | None = None
     sustained: dict[str, Any] | None = None
+    peak_gpu_mib: float | None = None
 
     @property
     def test(self) -> str:

@@ -27,7 +27,7 @@ _SETTINGS = ["n_batch", "n_ubatch", "n_threads", "n_prompt", "n_gen", "n_depth",
 _RESULTS = ["avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts"]
 LLAMA_BENCH = _HOST + _MODEL + _SETTINGS + _RESULTS
 MEASURED = ["median_ts", "low_ts", "high_ts", "ttft_ms", "load_ms", "peak_mib", "runtime"]
-OURS = [*MEASURED, "settings", "gated", "n_dropped", "machine", "sustained"]
+OURS = [*MEASURED, "settings", "gated", "n_dropped", "machine", "sustained", "peak_gpu_mib"]
 NESTED = ("samples_ns", "samples_ts", "settings", "machine", "sustained")
 QUICK: dict[str, Any] = {"least_s": 0.0, "gate_s": None}
 

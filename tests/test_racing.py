@@ -205,3 +205,13 @@ def test_a_file_runs_with_settings_and_the_record_says_so(tiny_gguf: Path, tiny_
     assert result.tg is not None and result.tg.settings == {"flash_attn": False, "n_ubatch": 32}
     with pytest.raises(BadInput, match="pytorch has no settings"):
         bench(tiny_folder, settings={"n_ubatch": 32}, **options)
+
+
+def test_layers_go_to_a_gpu_only_where_there_is_one(tiny_gguf: Path) -> None:
+    from edgeprune.runtimes.llamacpp_devices import gpus
+
+    if gpus():
+        pytest.skip("this build finds a GPU; `make test-gpu` tries it")
+    assert settings_of("llamacpp")["gpu_layers"].values == (0,)  # so the tuner does not try
+    with pytest.raises(BadInput, match="finds no GPU; install a build with one"):
+        bench(tiny_gguf, n_prompt=0, n_gen=4, threads=1, gate_s=None, settings={"gpu_layers": 2})
