@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # Packages are pinned for CI and for these targets; `pip install .` alone takes the lower bounds of pyproject.toml.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help fit test test-slow test-arm lint format install install-dev benchmarks clean
+.PHONY: help fit test test-slow test-arm test-gpu lint format install install-dev benchmarks clean
 
 help:
 	@echo "make fit         install, then run the main job on the demo model for a Raspberry Pi 5"
 	@echo "make test        install with the test extra, then run the tests"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-gpu    layers on a GPU, or on a software one: builds llama.cpp with Vulkan"
 	@echo "make test-arm    files judged on an emulated ARM board; as root"
 	@echo "make lint        ruff and mypy"
 	@echo "make benchmarks  measure again what the README's tables show (EDGEPRUNE_DATA names the data folder)"
@@ -50,6 +51,18 @@ test-slow: install-dev
 test-arm: install-dev
 	$(BIN)/python -m pytest -m arm -s tests/arm
 
+# llama.cpp with Vulkan in an environment of its own; on Debian without a GPU: apt-get install mesa-vulkan-drivers
+# libvulkan-dev glslc glslang-tools spirv-headers
+GPU_CMAKE_ARGS ?= -DGGML_VULKAN=on -DMTMD_BUILD=OFF
+$(VENV)-gpu/.installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-gpu
+	CMAKE_ARGS="$(GPU_CMAKE_ARGS)" $(VENV)-gpu/bin/python -m pip install --quiet --no-binary=llama-cpp-python -c constraints.txt llama-cpp-python numpy
+	$(VENV)-gpu/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+test-gpu: install-dev $(VENV)-gpu/.installed
+	EDGEPRUNE_GPU_PYTHON=$(VENV)-gpu/bin/python $(BIN)/python -m pytest -m gpu tests/gpu
+
 # mypy follows no import hooks, so it gets the package laid out as an installed one, by links.
 lint: install-dev
 	$(BIN)/ruff check .
@@ -69,4 +82,4 @@ benchmarks: install-dev
 	$(BIN)/python benchmarks/predictor.py --out build/predictor.json
 
 clean:
-	rm -rf build runs $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build runs $(VENV) $(VENV)-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -231,11 +231,13 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Items a task.")] = None,
     threads: Threads = None,
+    settings: Set = None,
     board: BoardName = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge an exported file in its runtime: KL, top-1, perplexity, bits per byte, and tasks."""
     from edgeprune.evaluation import evaluate_file
+    from edgeprune.runtimes.settings import parse
 
     with Stages() as stages:
         answer = evaluate_file(
@@ -248,6 +250,7 @@ def evaluate(
             data=data,
             limit=limit,
             threads=threads,
+            settings=parse(settings or []),
             board=board,
             progress=stages,
         )

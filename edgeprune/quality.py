@@ -31,6 +31,7 @@ from edgeprune.reference import (
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.isolate import Execute, run_isolated
+from edgeprune.runtimes.settings import Value
 
 SCHEMA = 1
 
@@ -211,18 +212,25 @@ def evaluate(
     *,
     runtime: str | None = None,
     threads: int,
+    settings: Mapping[str, Value] | None = None,
     timeout_s: float,
     memory_mib: int | None = None,
     execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> Quality:
-    """`measure` of an exported file, in a process of its own.
+    """`measure` of an exported file, in a process of its own, with `settings` of its runtime.
 
     Raises:
         BadInput: as `measure`, or the file is bad.
         StageFailed: the process failed, ran out of memory, crashed or was too slow; the message starts with which.
     """
-    arguments = {"path": path, "reference_folder": reference_folder, "runtime": runtime, "threads": threads}
+    arguments = {
+        "path": path,
+        "reference_folder": reference_folder,
+        "runtime": runtime,
+        "threads": threads,
+        "settings": dict(settings or {}),
+    }
     record = isolated(
         "edgeprune.quality:evaluate_in_process", path, arguments, timeout_s, memory_mib, progress, execute
     )
@@ -253,12 +261,17 @@ def evaluate_text(
 
 
 def evaluate_in_process(
-    path: str, reference_folder: str, runtime: str | None, threads: int, progress: Progress | None = None
+    path: str,
+    reference_folder: str,
+    runtime: str | None,
+    threads: int,
+    settings: Mapping[str, Value],
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What `evaluate` runs in its own process; a `Quality` as JSON."""
     reference = load_reference(Path(reference_folder))
     n_ctx = len(reference.windows[0])
-    with closing(open_runtime(Path(path), n_ctx=n_ctx, threads=threads, name=runtime)) as opened:
+    with closing(open_runtime(Path(path), n_ctx=n_ctx, threads=threads, name=runtime, settings=settings)) as opened:
         return measure(opened, reference, progress=progress).to_json()
 
 

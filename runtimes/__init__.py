@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from edgeprune.errors import BadInput, unknown
 from edgeprune.runtimes.base import Runtime
+from edgeprune.runtimes.settings import Value
 
 # A new runtime is one module and one entry: name -> (module, class). The class is constructed with
 # (path: Path, *, n_ctx: int, threads: int).
@@ -38,14 +40,23 @@ def runtime_for(path: Path) -> str:
     )
 
 
-def open_runtime(path: Path, *, n_ctx: int, threads: int, name: str | None = None) -> Runtime:
-    """Load `path` in the runtime `name` (default: the one its kind asks for).
+def open_runtime(
+    path: Path, *, n_ctx: int, threads: int, name: str | None = None, settings: Mapping[str, Value] | None = None
+) -> Runtime:
+    """Load `path` in the runtime `name` (default: the one its kind asks for), with `settings` of its table `SETTINGS`.
 
     Raises:
-        BadInput: an unknown runtime, a bad file, or a package that is not installed (the message names the extra).
+        BadInput: an unknown runtime, a bad file, a setting that it does not have, or a package that is not installed
+            (the message names the extra).
     """
     name = name or runtime_for(path)
     if name not in RUNTIMES:
         raise unknown("runtime", name, RUNTIMES)
     module, attribute = RUNTIMES[name]
-    return cast(Runtime, getattr(importlib.import_module(module), attribute)(path, n_ctx=n_ctx, threads=threads))
+    kind = getattr(importlib.import_module(module), attribute)
+    options = {}
+    if settings:
+        if not hasattr(kind, "SETTINGS"):
+            raise BadInput(f"the runtime {name} has no settings", remedy=f"leave out {', '.join(settings)}")
+        options["settings"] = settings
+    return cast(Runtime, kind(path, n_ctx=n_ctx, threads=threads, **options))
