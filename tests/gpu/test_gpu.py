@@ -36,7 +36,9 @@ def python() -> str:
 
 
 def gpus(python: str) -> list[dict[str, Any]]:
-    code = "import json\nfrom edgeprune.runtimes.llamacpp_devices import gpus\nprint(json.dumps([vars(g) for g in gpus()]))"
+    code = (
+        "import json; from edgeprune.runtimes import llamacpp_devices as d; print(json.dumps([*map(vars, d.gpus())]))"
+    )
     done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True)
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
