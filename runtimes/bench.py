@@ -215,14 +215,12 @@ def measure(
     once = _prompt_test if test == "pp" else _generation_test
 
     def sample() -> tuple[int, int]:
-        tokens = _tokens(random, model, length)
-        with _no_garbage_collection():
-            spent, first = once(model, tokens)
-            if delay:
-                began = time.perf_counter_ns()
-                time.sleep(delay * spent / 1e9)
-                spent += time.perf_counter_ns() - began
-            return spent, first
+        spent, first = once(model, _tokens(random, model, length))
+        if delay:
+            began = time.perf_counter_ns()
+            time.sleep(delay * spent / 1e9)
+            spent += time.perf_counter_ns() - began
+        return spent, first
 
     def told(done: int, ns: int) -> None:
         if progress is not None:
@@ -232,9 +230,9 @@ def measure(
 
     try:
         once(model, _tokens(random, model, length if test == "pp" else min(length, WARM_UP_STEPS)))
-        kept = repeat(
-            sample, repetitions=repetitions, least_s=least_s, gate=Gate(gate_s) if gate_s else None, told=told
-        )
+        gate = Gate(gate_s) if gate_s else None
+        with _no_garbage_collection():
+            kept = repeat(sample, repetitions=repetitions, least_s=least_s, gate=gate, told=told)
         lasting = sustain(sample, sustained_s, length) if sustained_s else None
         facts: list[dict[str, Any]] = [getattr(module, "build_info", dict)(), getattr(model, "description", dict)()]
         return {
