@@ -8,7 +8,7 @@ Rows are methods (`rivals.METHODS`) times shares of all parameters, embeddings c
 Calibration text is C4 and Wikipedia; judged is on the test text of WikiText-2, which no method sees, and on five tasks
 of lm-eval. Columns:
 
-- prune: parameters left, minutes and peak memory of the pruning, in a process of its own;
+- prune: parameters left, minutes and peak memory of the pruning, in a process of its own with an empty cache;
 - quality: bits per byte, perplexity, KL and top-1 agreement to the dense model, of the exported file in llama.cpp;
 - tasks: ARC easy and challenge, HellaSwag, PIQA, WinoGrande, of the same file, with standard errors;
 - bytes: of the Q4_0 file, and those that decoding a token reads; shipped: quality of that file; speed: its tokens/s.
@@ -198,13 +198,13 @@ class Row:
             self._prune(out)
         return out
 
-    def _prune(self, out: Path) -> Cell:
+    def _prune(self, out: Path, *, fresh: bool = False) -> Cell:
         if self.failure:
             raise self.failure
         harness = self.harness
         texts = harness.work / f"texts-{harness.texts_hash[:12]}.json"
         try:
-            return cells.prune(self.name, harness.model.folder, self.ratio, texts, out, harness.settings)
+            return cells.prune(self.name, harness.model.folder, self.ratio, texts, out, harness.settings, fresh=fresh)
         except EdgepruneError as error:
             self.failure = error
             raise
@@ -224,7 +224,7 @@ class Row:
         """
         settings, runtime = self.harness.settings, self.method.runtime
         if column == "prune":
-            return self._prune(self.place / "folder")
+            return self._prune(self.place / "folder", fresh=True)
         if column == "quality":
             return cells.quality(self.file(settings.dtype), self._reference(), settings, runtime)
         if column in TASKS:

@@ -7,6 +7,8 @@ own; files in stock runtimes are measured by edgeprune's own isolated calls.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +61,7 @@ class Settings:
         elif column == "speed":
             known |= {"threads": self.threads, "repetitions": self.repetitions}
         elif column == "prune":
-            known |= {"threads": self.threads}
+            known |= {"threads": self.threads, "cache": "empty"}
         return known
 
 
@@ -103,12 +105,17 @@ def _isolated(function: str, arguments: dict[str, Any]) -> tuple[Any, float | No
     return outcome.value, outcome.peak_mib
 
 
-def prune(method: str, folder: Path, ratio: float, texts: Path, out: Path, settings: Settings) -> Cell:
-    """Prune into `out`; what it took, and what is left."""
+def prune(method: str, folder: Path, ratio: float, texts: Path, out: Path, settings: Settings, *, fresh: bool) -> Cell:
+    """Prune into `out`; what it took, and what is left. `fresh`: with an empty cache, as for the first time."""
     from rivals.folders import parameters_of
 
     arguments = {"method": method, "folder": str(folder), "ratio": ratio, "texts": str(texts), "out": str(out)}
-    seconds, peak = _isolated("prune_in_process", arguments | {"threads": settings.threads})
+    arguments |= {"threads": settings.threads}
+    if fresh:
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as cache:
+            seconds, peak = _isolated("prune_in_process", arguments | {"cache": cache})
+    else:
+        seconds, peak = _isolated("prune_in_process", arguments)
     dense, left = Checkpoint(folder).shape.parameters, parameters_of(out)
     return {
         "seconds": round(seconds, 1),
@@ -118,8 +125,12 @@ def prune(method: str, folder: Path, ratio: float, texts: Path, out: Path, setti
     }
 
 
-def prune_in_process(method: str, folder: str, ratio: float, texts: str, out: str, threads: int) -> float:
+def prune_in_process(
+    method: str, folder: str, ratio: float, texts: str, out: str, threads: int, cache: str | None = None
+) -> float:
     """Seconds that the method took, its loading of the model included, without Python's imports."""
+    if cache is not None:
+        os.environ["EDGEPRUNE_CACHE"] = cache  # of this process alone: nothing measured before is found
     import torch
     import transformers
     from rivals import METHODS

@@ -325,7 +325,7 @@ def main() -> None:
     """One command; its answer, or {"error": ...}, on standard output."""
     _, root, command, *arguments = sys.argv
     try:
-        answer = COMMANDS[command](Store(Path(root).expanduser()), *arguments)
+        answer = COMMANDS[command](Store(Path(root).expanduser().absolute()), *arguments)
         for line in answer if isinstance(answer, Iterator) else [answer]:
             print(json.dumps(line), flush=True)
     except EdgepruneError as error:

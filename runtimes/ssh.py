@@ -142,8 +142,8 @@ class Board:
         return [*found, "--", self.host, shlex.join(remote)]
 
 
-def failure(board: Board, code: int, said: str) -> StageFailed:
-    """The error for a command over ssh that failed, in one line with the remedy for what is usual."""
+def failure(board: Board, code: int, said: str, program: str) -> StageFailed:
+    """The error for `program` over ssh that failed, in one line with the remedy for what is usual."""
     line = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), f"exit code {code}")
     low = said.lower()
     if "host key verification failed" in low or "remote host identification has changed" in low:
@@ -155,6 +155,8 @@ def failure(board: Board, code: int, said: str) -> StageFailed:
         return StageFailed("no key of yours is taken there", where=board, remedy=f"ssh-copy-id {board.host}")
     if code == _BROKEN:
         return LinkBroken(f"the link is down ({line})", where=board, remedy="see that the board is on and reachable")
+    if code in (126, 127) and program not in ("env", board.interpreter):
+        return StageFailed(f"there is no {program} there", where=board)
     if code in (126, 127):
         remedy = f"edgeprune boards setup {board}"
         return StageFailed("the board is not set up", where=board, remedy=remedy)
@@ -168,12 +170,12 @@ class Link:
     Attributes:
         board: which.
         ready: whether the code has been sent in this process.
-        tree_paths: folders that were sent, by the hash of what is in them.
+        hashes: of files here, by path, size and time.
     """
 
     board: Board
     ready: bool = False
-    tree_paths: dict[str, str] = field(default_factory=dict)
+    hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     def call(
         self, remote: list[str], send: bytes | Path = b"", *, offset: int = 0, timeout_s: float = COMMAND_S
@@ -192,7 +194,7 @@ class Link:
             except subprocess.TimeoutExpired as error:
                 raise LinkBroken(f"no answer within {timeout_s:g} s", where=self.board) from error
         if done.returncode:
-            raise failure(self.board, done.returncode, done.stderr.decode("utf-8", "replace"))
+            raise failure(self.board, done.returncode, done.stderr.decode("utf-8", "replace"), remote[0])
         return done.stdout.decode("utf-8", "replace")
 
     def agent(self, command: str, *arguments: str, send: bytes | Path = b"", **options: Any) -> dict[str, Any]:
@@ -237,16 +239,23 @@ class Link:
     def send(self, path: Path, progress: Progress | None = None) -> str:
         """Bring a file or folder there; its path there. What is there is not sent again, what is half there goes on."""
         files = {path.name: path} if path.is_file() else _files(path)
-        manifest = {name: sha256(file) for name, file in files.items()}
-        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-        if key not in self.tree_paths:
-            for name, file in files.items():
-                self._send_file(file, manifest[name], progress)
-            folder = self.agent("tree", send=json.dumps(manifest).encode())["path"]
-            self.tree_paths[key] = folder
+        manifest = {name: self._hash(file) for name, file in files.items()}
+        there = self.agent("have", *manifest.values())
+        absent = [name for name, digest in manifest.items() if not there[digest]["complete"]]
+        for name in absent:
+            self._send_file(files[name], manifest[name], progress)
+        folder = str(self.agent("tree", send=json.dumps(manifest).encode())["path"])
+        if absent:
             self.agent("clean", str(CACHE_BYTES))
-        folder = self.tree_paths[key]
         return f"{folder}/{path.name}" if path.is_file() else folder
+
+    def _hash(self, file: Path) -> str:
+        """A file's SHA-256, read once as long as the file stays as it is."""
+        state = file.stat()
+        key = (str(file), state.st_size, state.st_mtime_ns)
+        if key not in self.hashes:
+            self.hashes[key] = sha256(file)
+        return self.hashes[key]
 
     def _send_file(self, file: Path, digest: str, progress: Progress | None) -> None:
         size = file.stat().st_size
@@ -327,7 +336,7 @@ class Link:
                         yield json.loads(line)
                 if code := process.wait():
                     errors.seek(0)
-                    raise failure(self.board, code, errors.read().decode("utf-8", "replace"))
+                    raise failure(self.board, code, errors.read().decode("utf-8", "replace"), remote[0])
             finally:
                 process.kill()
                 process.wait()

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from edgeprune.calibration import TextSet
-from edgeprune.importance import Scores, amp_scores, random_scores, reversed_scores
+from edgeprune.importance import Scores, random_scores, reversed_scores
 from edgeprune.models import Model, load
-from edgeprune.pruning import plan_for
+from edgeprune.pruning import cached_scores, plan_for
 from edgeprune.surgery import prune_checkpoint
 from rivals import ALIGN
 
@@ -32,13 +32,13 @@ def scores_of(
 def prune(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
     """Heads by the mean of ‖h W‖₁, neurons by the mean of |a| (equations 8 and 9)."""
     model = load(folder)
-    return apply(model, amp_scores(model, calibration.ids), ratio, out)
+    return apply(model, cached_scores(model, calibration), ratio, out)
 
 
 def reverse(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
     """What AMP finds most important goes first."""
     model = load(folder)
-    return apply(model, reversed_scores(amp_scores(model, calibration.ids)), ratio, out)
+    return apply(model, reversed_scores(cached_scores(model, calibration)), ratio, out)
 
 
 def random(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:

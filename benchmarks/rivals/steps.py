@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from edgeprune.calibration import TextSet, read_texts
 from edgeprune.compensated import Origin, prune_compensated
-from edgeprune.importance import amp_scores
 from edgeprune.layerwise import Compensation
 from edgeprune.models import load
 from edgeprune.plan import LayerPlan
@@ -51,7 +50,7 @@ def amp_chosen(folder: Path, ratio: float, calibration: TextSet, out: Path) -> P
 
 def _amp(folder: Path, ratio: float, calibration: TextSet, out: Path, how: Compensation, *, keep: bool) -> Path:
     model = load(folder)
-    scores = METHODS["amp"](amp_scores(model, calibration.ids), 0)
+    scores = METHODS["amp"](cached_scores(model, calibration), 0)
     plan = plan_for(model.shape, scores, ratio, align=ALIGN)
     choices: list[LayerShape | LayerPlan] = [layer if keep else layer.widths for layer in plan.layers]
     origin = Origin("amp", ratio, model.hash, calibration.hash)
