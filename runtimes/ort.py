@@ -24,6 +24,20 @@ LOGITS_FROM = "logits_from"  # optional input of our graphs: the first position 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+}
+
+
+def _here() -> list[str]:
+    """The providers that the installed build has, the processor first."""
+    built = onnxruntime.get_available_providers()
+    return [name for name, provider in PROVIDERS.items() if provider in built]
+
+
 class OnnxRuntime:
     """A folder with `model.onnx`, ours, onnxruntime-genai's or optimum's, on the CPU, with the cache of one sequence.
 
@@ -47,6 +61,7 @@ class OnnxRuntime:
         "dynamic_block": Setting(
             (0, 4), "pieces of an operator's work handed out as threads come free", limits=(0, 64)
         ),
+        "provider": Setting(tuple(_here()), "what computes: the processor, or a GPU by cuda, directml or coreml"),
         "memory_arena": Setting((True, False), "freed buffers are kept for the next step"),
     }
 
@@ -187,10 +202,16 @@ def _open(path: Path, threads: int, settings: Values) -> Any:
     options.enable_cpu_mem_arena = bool(settings["memory_arena"])
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings["spinning"])))
     options.add_session_config_entry("session.dynamic_block_base", str(settings["dynamic_block"]))
+    provider = PROVIDERS[str(settings["provider"])]
     try:
-        return onnxruntime.InferenceSession(str(path / MODEL), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(path / MODEL), options, providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
+        )
     except Exception as error:  # its exceptions have no common base but this one
         raise BadInput(f"ONNX Runtime cannot load it ({error})", where=path / MODEL) from error
+    if provider not in session.get_providers():  # it falls back to the processor with a warning
+        raise BadInput(f"ONNX Runtime cannot use {provider} here", where=path / MODEL, remedy="see edgeprune doctor")
+    return session
 
 
 def _present(past: str) -> str:

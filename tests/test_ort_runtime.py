@@ -105,6 +105,8 @@ def test_session_settings(exported: Path) -> None:
     for settings in ({"spinning": False}, {"dynamic_block": 4}, {"memory_arena": False}):
         other = OnnxRuntime(exported, n_ctx=8, threads=1, settings=settings).forward([1])
         np.testing.assert_allclose(other, usual, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BadInput, match="provider takes cpu"):
+        OnnxRuntime(exported, n_ctx=8, threads=1, settings={"provider": "quantum"})
     with pytest.raises(BadInput, match="spinning takes on, off"):
         OnnxRuntime(exported, n_ctx=8, threads=1, settings={"spinning": 2})
     with pytest.raises(BadInput, match="at least 1"):
