@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from edgeprune.devices import Backend, Budget, Decode, DeviceProfile, Figure, PositiveFigure
+from edgeprune.devices import Backend, Budget, Decode, DeviceProfile, Figure, Load, PositiveFigure
 from edgeprune.errors import BadInput, unknown
 
 MIB = 1 << 20
@@ -63,10 +63,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs on one device. Speeds in tokens/s; prefill is None where the profile has no figure."""
+    """What one model costs on one device. Speeds in tokens/s; None where the profile has no figure."""
 
     decode_tps: Prediction
     prefill_tps: Prediction | None
+    load_s: Prediction | None  # opening the file, from the page cache
     memory_mib: Prediction
     file_mib: float
     runtime: str
@@ -203,18 +204,26 @@ def predict(
         cores = min(1.0, used / profile.threads) if backend == "cpu" else 1.0
         each = cores / (parameters / 1e9)
         prefill = Prediction(rate.value * each, rate.low * each, rate.high * each)
+    size = weights_bytes if file_bytes is None else file_bytes
     overhead = OVERHEAD_MIB[runtime]
     held = (weights_bytes + kv_bytes + repack_bytes) / MIB
     return Cost(
         decode_tps=decode_tps,
         prefill_tps=prefill,
+        load_s=_load(profile.load, size) if profile.load and runtime == "llamacpp" else None,
         memory_mib=Prediction(held + overhead.value, held + overhead.low, held + overhead.high),
-        file_mib=(weights_bytes if file_bytes is None else file_bytes) / MIB,
+        file_mib=size / MIB,
         runtime=runtime,
         backend=backend,
         threads=used,
         context=context,
     )
+
+
+def _load(load: Load, size: int) -> Prediction:
+    fixed = _interval(load.fixed_ms)
+    slow, usual, fast = (size / rate / 1e9 for rate in _interval(load.gbs))
+    return Prediction(usual + fixed[1] / 1e3, fast + fixed[0] / 1e3, slow + fixed[2] / 1e3)
 
 
 def bytes_allowed(

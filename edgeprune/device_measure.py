@@ -176,12 +176,21 @@ def profile_of(base: DeviceProfile, sheet: Sheet) -> DeviceProfile:
     cpu.pop("fixed_ms", None)
     values["decode"] = {**values["decode"], "cpu": cpu}
     values["prefill"] = {**values.get("prefill", {}), "cpu": prefill}
+    values["load"] = _load(list(sheet.wide.values()), sheet.deep, figure)
     values["start"]["threads"] = {
         "value": float(sheet.threads),
         "kind": "measured",
         "source": "fastest of " + ", ".join(f"{n}: {s.tg.median_ts:.1f} tok/s" for n, s in sheet.by_threads.items()),
     }
     return DeviceProfile.model_validate(values)
+
+
+def _load(wide: list[Speeds], deep: Speeds, figure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Opening a file: what it takes beside its bytes, and their rate, which differs by type (some are repacked)."""
+    fixed_ms = min(speeds.tg.load_ms for speeds in (*wide, deep))
+    rates = sorted(speeds.tg.model_size / max(speeds.tg.load_ms - fixed_ms, 1.0) / 1e6 for speeds in wide)
+    middle = rates[len(rates) // 2]
+    return {"gbs": figure(middle, rates[0], rates[-1]), "fixed_ms": figure(fixed_ms, 0.5 * fixed_ms, 2 * fixed_ms)}
 
 
 def to_toml(profile: DeviceProfile) -> str:

@@ -122,6 +122,13 @@ class Decode(_Model):
     kernel: dict[Annotated[str, Field(min_length=1, max_length=32)], PositiveFigure] = {}
 
 
+class Load(_Model):
+    """Opening a file that the page cache holds: its bytes / `gbs` + `fixed_ms`. From a card or disk it takes longer."""
+
+    gbs: PositiveFigure  # 10^9 bytes/s, repacking among it
+    fixed_ms: Figure
+
+
 class RuntimeScale(_Model):
     """A runtime's effective decode bandwidth relative to llama.cpp's on the same backend."""
 
@@ -206,6 +213,7 @@ class DeviceProfile(_Model):
     # Prompt processing by backend and quantisation, in 10^9 parameters x tokens/s: it depends on the kernel, not on
     # bytes, so only published quantisations appear.
     prefill: dict[Backend, dict[Annotated[str, Field(min_length=1, max_length=32)], PositiveFigure]] = {}
+    load: Load | None = None
     runtime: dict[RuntimeName, RuntimeScale] = {}
     start: Start
     budget: BudgetDefaults | None = None

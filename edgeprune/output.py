@@ -93,6 +93,7 @@ def print_prediction(found: DevicePrediction) -> None:
             ["decode", f"{cost.decode_tps} tokens/s"],
             ["prompt", "no figure for this kernel" if cost.prefill_tps is None else f"{cost.prefill_tps} tokens/s"],
             [f"first token after {found.prompt}", "no figure" if found.ttft_s is None else f"{found.ttft_s} s"],
+            ["opening the file", "no figure" if cost.load_s is None else f"{cost.load_s} s, if it was read before"],
             ["peak memory", f"{cost.memory_mib} MiB"],
             ["fits", "; ".join(found.reasons) or "yes"],
             ["with", f"{cost.runtime}, {cost.backend}, {cost.threads} threads, context {cost.context}"],

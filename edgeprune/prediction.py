@@ -41,6 +41,7 @@ class DevicePrediction:
             ("tg", "tps", cost.decode_tps),
             ("pp", "tps", cost.prefill_tps),
             ("ttft", "s", self.ttft_s),
+            ("load", "s", cost.load_s),
             ("peak", "mib", cost.memory_mib),
         ):
             record[f"{name}_{unit}"] = None if found is None else found.value

@@ -93,6 +93,8 @@ def test_another_model_is_predicted(measured: DeviceProfile, tmp_path: Path, kin
     found = predict_file(path, measured).cost
     assert real.tg is not None and found.decode_tps.value == pytest.approx(real.tg.median_ts, rel=0.01)
     assert found.decode_tps.low < real.tg.median_ts < found.decode_tps.high
+    assert found.load_s is not None and 0 < found.load_s.low <= found.load_s.high
+    assert predict_file(path, load_profile("rpi5")).cost.load_s is None  # nobody published it
     assert real.pp is not None and found.prefill_tps is not None
     assert found.prefill_tps.value == pytest.approx(real.pp.median_ts, rel=0.01)
 
