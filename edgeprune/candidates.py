@@ -159,6 +159,7 @@ def cost_of(
     return predict(
         profile,
         runtime=target.runtime,
+        vocab=shape.vocab,
         bytes_per_token=bytes_read_per_token(parts, tied=shape.tied, vocab=shape.vocab),
         n_layers=len(shape.layers),
         weights_bytes=weights,

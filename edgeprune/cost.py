@@ -152,6 +152,7 @@ def predict(
     depth: int = DEFAULT_DEPTH,
     parameters: int | None = None,
     quantisation: str | None = None,
+    vocab: int = 0,
 ) -> Cost:
     """Predict what a model costs on a device.
 
@@ -169,6 +170,7 @@ def predict(
         depth: tokens in the cache while decoding, on average (default: as llama-bench's tg128).
         parameters, quantisation: for the prefill; without them it is None. A quantisation whose kernel the profile
             has a figure for decodes by it.
+        vocab: tokens of the vocabulary, for the time to open the file.
 
     Raises:
         BadInput: a number out of range, or the profile has no figure for `runtime`.
@@ -210,7 +212,7 @@ def predict(
     return Cost(
         decode_tps=decode_tps,
         prefill_tps=prefill,
-        load_s=_load(profile.load, size) if profile.load and runtime == "llamacpp" else None,
+        load_s=_load(profile.load, size, vocab) if profile.load and runtime == "llamacpp" else None,
         memory_mib=Prediction(held + overhead.value, held + overhead.low, held + overhead.high),
         file_mib=size / MIB,
         runtime=runtime,
@@ -220,10 +222,11 @@ def predict(
     )
 
 
-def _load(load: Load, size: int) -> Prediction:
-    fixed = _interval(load.fixed_ms)
+def _load(load: Load, size: int, vocab: int) -> Prediction:
     slow, usual, fast = (size / rate / 1e9 for rate in _interval(load.gbs))
-    return Prediction(usual + fixed[1] / 1e3, fast + fixed[0] / 1e3, slow + fixed[2] / 1e3)
+    fixed, token = _interval(load.fixed_ms), _interval(load.token_us)
+    rest = [ms / 1e3 + vocab * us / 1e6 for ms, us in zip(fixed, token, strict=True)]
+    return Prediction(usual + rest[1], fast + rest[0], slow + rest[2])
 
 
 def bytes_allowed(

@@ -1,27 +1,31 @@
 """`devices measure`: the profile of a machine from short runs of the real kernels on models of random weights.
 
 A streaming read tells what memory gives and misses what the kernels take; so the profile's figures come from the
-runtime itself. With t(Q) the seconds a token of a yardstick takes and W(Q) the bytes it reads,
+runtime itself. A token of a yardstick that reads W bytes of type Q in n layers takes
 
-    t = W / (q B) + n c
+    t = W / (q_Q B) + n c
 
-has two unknowns for the four-bit type, B and c, and two yardsticks to find them: few wide layers, many narrow ones. The
-other types' shares q follow from the wide one alone, and P = parameters x tokens/s of a prompt. What the figures do not
-hold for other shapes is in the intervals (`SHAPES`).
+with one c for the machine and one q B for each type, fitted to wide, slim and deep yardsticks by least squares of the
+relative errors, none below zero (Lawson and Hanson's NNLS). P = parameters x tokens/s of a prompt. A machine's speed
+drifts, so the yardsticks are measured in rounds, and the medians over the rounds count. What the figures do not hold
+for other shapes is in the intervals (`SHAPES`).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edgeprune import files
 from edgeprune.devices import DeviceProfile
 from edgeprune.errors import StageFailed
-from edgeprune.export.yardstick import DEEP, WIDE, Yardstick, write_yardstick
+from edgeprune.export.yardstick import DEEP, HEAD_DIM, SLIM, WIDE, Yardstick, write_yardstick
 from edgeprune.runtimes.bench import GATE_S, BenchResult, bench
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.records import Record
@@ -30,41 +34,47 @@ BASE = "Q4_0"  # the type that `gbs` is of
 # Types whose kernels are timed, and the mixtures that consist of them.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "Q4_0": ("Q4_0",),
+    "Q4_1": ("Q4_1",),
     "IQ4_NL": ("IQ4_NL",),
     "Q4_K": ("Q4_K_S", "Q4_K_M"),
     "Q6_K": ("Q6_K",),
     "Q8_0": ("Q8_0",),
     "F16": ("F16",),
 }
-N_PROMPT, N_GEN = 128, 32
-SHAPES = 0.1  # how far other shapes lie from the yardsticks', of a speed: the demo model is predicted within this
+N_PROMPT, N_GEN = 128, 64
+ROUNDS, ROUNDS_S = 4, 90.0  # as many as fit into so many seconds, one at least
+SHAPES = 0.15  # how far other shapes lie from the yardsticks', of a speed: the demo model is predicted within this
 
 Progress = Callable[[str, int, int], None]
 Bench = Callable[..., BenchResult]
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """What one yardstick did: its records, the bytes a token reads, and its shape."""
+@dataclass
+class Point:
+    """One yardstick of one type at one number of threads, and what it did in each round."""
 
     shape: Yardstick
-    read_bytes: int
-    pp: Record | None
-    tg: Record
-
-    def seconds(self, end: str = "median_ts") -> float:
-        """Of a token in decoding: the median, or the end "low_ts" or "high_ts" of its interval."""
-        return 1 / float(getattr(self.tg, end))
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """Everything that was measured, by type and threads."""
-
-    wide: dict[str, Speeds]
-    deep: Speeds
-    by_threads: dict[int, Speeds]
+    kind: str
     threads: int
+    read_bytes: int
+    file_bytes: int
+    tg: list[Record] = field(default_factory=list)
+    pp: list[Record] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Of a token in decoding, the median over the rounds."""
+        return 1 / float(np.median([record.median_ts for record in self.tg]))
+
+    def spread(self) -> tuple[float, float]:
+        """(slowest, fastest) round, as shares of the median speed."""
+        speeds = [record.median_ts * self.seconds for record in self.tg]
+        return min(speeds), max(speeds)
+
+    @property
+    def load_ms(self) -> float:
+        """Of opening the file, the median over the rounds."""
+        return float(np.median([record.load_ms for record in self.tg]))
 
 
 def measure_device(
@@ -87,110 +97,128 @@ def measure_device(
     Raises:
         StageFailed: a yardstick did not run, or the machine was not fit to be measured.
     """
-    total = len(counts) + len(KINDS)
-    done = 0
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as scratch:
 
-        def time(shape: Yardstick, kind: str, threads: int, n_prompt: int = 0) -> Speeds:
-            nonlocal done
-            if progress:
-                progress(f"timing {shape.name} {kind}, {threads} threads", done, total)
+        def point(shape: Yardstick, kind: str, threads: int) -> Point:
             path = Path(scratch) / f"{shape.name}-{kind}.gguf"
             if not path.exists():
                 write_yardstick(shape, kind, path)
-            result = measure(path, n_prompt=n_prompt, n_gen=N_GEN, threads=threads, repetitions=5, gate_s=gate_s)
-            done += 1
-            if result.status != "ok" or result.tg is None:
-                raise StageFailed(f"{result.status}: {result.reason}", where=path.name)
-            return Speeds(shape, _read_bytes(path), result.pp, result.tg)
+            return Point(shape, kind, threads, _read_bytes(path), path.stat().st_size)
 
-        by_threads = {count: time(WIDE, BASE, count) for count in counts}
-        best = max(by_threads, key=lambda count: by_threads[count].tg.median_ts)
-        wide = {kind: time(WIDE, kind, best, N_PROMPT) for kind in KINDS}
-        deep = time(DEEP, BASE, best)
-    return profile_of(base, Sheet(wide, deep, by_threads, best))
+        def run(points: Sequence[Point], rounds: int, seconds: float) -> None:
+            began = time.monotonic()
+            for turn in range(rounds):
+                if turn and (time.monotonic() - began) * (turn + 1) / turn > seconds:
+                    break
+                for number, each in enumerate(points):
+                    if progress:
+                        what = f"round {turn + 1}: {each.shape.name} {each.kind}, {each.threads} threads"
+                        progress(what, turn * len(points) + number, rounds * len(points))
+                    prompt = N_PROMPT if each.shape is WIDE else 0
+                    _time(each, Path(scratch), prompt, measure, gate_s)
+
+        sweep = [point(WIDE, BASE, count) for count in counts]
+        run(sweep, 2, ROUNDS_S / 3)
+        best = min(sweep, key=lambda each: each.seconds).threads
+        points = [point(shape, kind, best) for kind in KINDS for shape in (WIDE, SLIM)] + [point(DEEP, BASE, best)]
+        run(points, ROUNDS, ROUNDS_S)
+    return profile_of(base, sweep, points)
+
+
+def _time(point: Point, folder: Path, n_prompt: int, measure: Bench, gate_s: float | None) -> None:
+    path = folder / f"{point.shape.name}-{point.kind}.gguf"
+    result = measure(
+        path, n_prompt=n_prompt, n_gen=N_GEN, threads=point.threads, repetitions=2, least_s=0.3, gate_s=gate_s
+    )
+    if result.status != "ok" or result.tg is None:
+        raise StageFailed(f"{result.status}: {result.reason}", where=path.name)
+    point.tg.append(result.tg)
+    if result.pp is not None:
+        point.pp.append(result.pp)
 
 
 def _read_bytes(path: Path) -> int:
     """Bytes that a token reads: all weights (yardsticks are tied), and the cache of half the generation."""
     file = GgufFile(path)
-    cache = sum(2 * layer.kv_heads for layer in file.widths()) * 64 * 2 * (N_GEN // 2)
+    cache = sum(2 * layer.kv_heads for layer in file.widths()) * HEAD_DIM * 2 * (N_GEN // 2)
     return sum(file.bytes_by_part().values()) + cache
 
 
-def solve(wide: Speeds, deep: Speeds, wide_s: float, deep_s: float) -> tuple[float, float]:
-    """(B in 10^9 bytes/s, c in ms a layer) of t = W / B + n c for two yardsticks, seconds a token each.
+def solve(points: Sequence[Point]) -> tuple[dict[str, float], float]:
+    """({type: q B in 10^9 bytes/s}, c in ms a layer) that fit the points best.
 
-    Where the narrow layers take no longer than their bytes explain, c is 0 and the wide one alone gives B.
+    Raises:
+        StageFailed: a type's time does not grow with its bytes: the machine was too noisy.
     """
-    n1, n2 = wide.shape.layers, deep.shape.layers
-    w1, w2 = wide.read_bytes, deep.read_bytes
-    # Cramer's rule for W1/B + n1 c = t1, W2/B + n2 c = t2.
-    determinant = w1 * n2 - w2 * n1
-    inverse = (wide_s * n2 - deep_s * n1) / determinant
-    layer = (w1 * deep_s - w2 * wide_s) / determinant
-    if layer < 0 or inverse <= 0:
-        return w1 / wide_s / 1e9, 0.0
-    return 1 / inverse / 1e9, 1e3 * layer
+    from scipy.optimize import nnls
+
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    rows = np.zeros((len(points), len(kinds) + 1))
+    for row, point in zip(rows, points, strict=True):  # each divided by its time: relative errors count
+        row[kinds.index(point.kind)] = point.read_bytes / 1e9 / point.seconds
+        row[-1] = point.shape.layers / 1e3 / point.seconds
+    found, _ = nnls(rows, np.ones(len(points)))
+    if not found[:-1].all():
+        kind = kinds[int(np.argmin(found[:-1]))]
+        raise StageFailed(f"more bytes of {kind} took no longer", remedy="measure again on a quiet machine")
+    return dict(zip(kinds, (1 / found[:-1]).tolist(), strict=True)), float(found[-1])
 
 
-def profile_of(base: DeviceProfile, sheet: Sheet) -> DeviceProfile:
-    """`base` with the figures that `sheet` gives. Pure."""
-    main = sheet.wide[BASE]
-    where = f"{main.tg.cpu_info}, llama.cpp {main.tg.build_commit}, {main.tg.test_time[:10]}, {sheet.threads} threads"
-    source = f"models of random weights on {where}"
-    gbs, layer_ms = solve(main, sheet.deep, main.seconds(), sheet.deep.seconds())
-    # The ends of the samples' interval, widened by what other shapes do.
-    spread = 1 + SHAPES
-    slow, fast = (main.seconds(end) / main.seconds() for end in ("low_ts", "high_ts"))
+def profile_of(base: DeviceProfile, sweep: Sequence[Point], points: Sequence[Point]) -> DeviceProfile:
+    """`base` with the figures that the points give: `sweep` at each number of threads, `points` at the best. Pure."""
+    first = points[0]
+    record, rounds = first.tg[0], len(first.tg)
+    where = f"{record.cpu_info}, llama.cpp {record.build_commit}, {record.test_time[:10]}, {first.threads} threads"
+    source = f"models of random weights, {rounds} rounds, on {where}"
+    by_kind, layer_ms = solve(points)
+    gbs = by_kind[BASE]
+    slow, fast = (1 - SHAPES) * min(p.spread()[0] for p in points), (1 + SHAPES) * max(p.spread()[1] for p in points)
 
     def figure(value: float, low: float, high: float, digits: int = 4) -> dict[str, Any]:
         low, value, high = (float(f"{number:.{digits}g}") for number in (low, value, high))
         return {"value": value, "low": low, "high": high, "kind": "measured", "source": source}
 
-    def fixed(seconds: float) -> float:
-        return seconds - main.shape.layers * layer_ms / 1e3
-
-    decode: dict[str, Any] = {"gbs": figure(gbs, gbs / slow / spread, gbs / fast * spread)}
+    decode: dict[str, Any] = {"gbs": figure(gbs, gbs * slow, gbs * fast)}
     if layer_ms:
-        decode["layer_ms"] = figure(layer_ms, layer_ms / spread, layer_ms * spread)
-    if 1 in sheet.by_threads and sheet.threads > 1:
-        one = sheet.by_threads[1]
-        alone = one.read_bytes / one.seconds() / 1e9
-        decode["one_thread_gbs"] = figure(alone, alone / spread, alone * spread)
-    kernels, prefill = {}, {}
-    for kind, names in KINDS.items():
-        found = sheet.wide[kind]
-        share = found.read_bytes / max(fixed(found.seconds()), 1e-9) / 1e9 / gbs
-        for name in names:
-            if kind != BASE:
-                kernels[name] = figure(share, share, share, 3)
-            if found.pp is not None:
-                rate = found.pp.median_ts * found.shape.parameters / 1e9
-                low, high = (end / found.pp.median_ts for end in (found.pp.low_ts, found.pp.high_ts))
-                prefill[name] = figure(rate, rate * low / spread, rate * high * spread)
+        decode["layer_ms"] = figure(layer_ms, layer_ms / fast, layer_ms / slow)
+    for alone in (point for point in sweep if point.threads == 1 < first.threads):
+        rate = alone.read_bytes / alone.seconds / 1e9
+        decode["one_thread_gbs"] = figure(rate, rate * slow, rate * fast)
+    prefill = {}
+    for point in (point for point in points if point.pp):
+        speeds = [record.median_ts for record in point.pp]
+        rate = float(np.median(speeds)) * point.shape.parameters / 1e9
+        low, high = (end / float(np.median(speeds)) for end in (min(speeds), max(speeds)))
+        for name in KINDS[point.kind]:
+            prefill[name] = figure(rate, rate * low * (1 - SHAPES), rate * high * (1 + SHAPES))
+    shares = {kind: rate / gbs for kind, rate in by_kind.items() if kind != BASE}
     values = base.model_dump(exclude_none=True)
-    cpu = {**values["decode"].get("cpu", {}), **decode, "kernel": kernels}
-    if not layer_ms:
-        cpu.pop("layer_ms", None)
-    cpu.pop("fixed_ms", None)
-    values["decode"] = {**values["decode"], "cpu": cpu}
+    kept = {key: value for key, value in values["decode"].get("cpu", {}).items() if key not in ("layer_ms", "fixed_ms")}
+    kernels = {name: figure(share, share, share, 3) for kind, share in shares.items() for name in KINDS[kind]}
+    values["decode"] = {**values["decode"], "cpu": {**kept, **decode, "kernel": kernels}}
     values["prefill"] = {**values.get("prefill", {}), "cpu": prefill}
-    values["load"] = _load(list(sheet.wide.values()), sheet.deep, figure)
+    values["load"] = _load(points, figure)
     values["start"]["threads"] = {
-        "value": float(sheet.threads),
+        "value": float(first.threads),
         "kind": "measured",
-        "source": "fastest of " + ", ".join(f"{n}: {s.tg.median_ts:.1f} tok/s" for n, s in sheet.by_threads.items()),
+        "source": "fastest of " + ", ".join(f"{p.threads}: {1 / p.seconds:.1f} tok/s" for p in sweep),
     }
     return DeviceProfile.model_validate(values)
 
 
-def _load(wide: list[Speeds], deep: Speeds, figure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """Opening a file: what it takes beside its bytes, and their rate, which differs by type (some are repacked)."""
-    fixed_ms = min(speeds.tg.load_ms for speeds in (*wide, deep))
-    rates = sorted(speeds.tg.model_size / max(speeds.tg.load_ms - fixed_ms, 1.0) / 1e6 for speeds in wide)
+def _load(points: Sequence[Point], figure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Opening a file: what it takes by itself, by its bytes (some types are repacked), and by its vocabulary."""
+    wide = [point for point in points if not point.shape.worded]
+    fixed_ms = min(point.load_ms for point in wide)
+    rates = sorted(point.file_bytes / max(point.load_ms - fixed_ms, 0.1) / 1e6 for point in wide)
     middle = rates[len(rates) // 2]
-    return {"gbs": figure(middle, rates[0], rates[-1]), "fixed_ms": figure(fixed_ms, 0.5 * fixed_ms, 2 * fixed_ms)}
+    tokens = sorted((p.load_ms - fixed_ms) / p.shape.vocabulary * 1e3 for p in points if p.shape.worded)
+    usual = max(tokens[0], 0.0)  # the type that loads fastest: the others' time is their bytes'
+    return {
+        "gbs": figure(middle, rates[0], rates[-1]),
+        "fixed_ms": figure(fixed_ms, 0.5 * fixed_ms, 2 * fixed_ms),
+        "token_us": figure(usual, 0.5 * usual, 2 * usual),
+    }
 
 
 def to_toml(profile: DeviceProfile) -> str:

@@ -123,10 +123,14 @@ class Decode(_Model):
 
 
 class Load(_Model):
-    """Opening a file that the page cache holds: its bytes / `gbs` + `fixed_ms`. From a card or disk it takes longer."""
+    """Opening a file that the page cache holds: bytes / `gbs` + `fixed_ms` + tokens of its vocabulary x `token_us`.
+
+    From a card or disk it takes longer.
+    """
 
     gbs: PositiveFigure  # 10^9 bytes/s, repacking among it
     fixed_ms: Figure
+    token_us: Figure
 
 
 class RuntimeScale(_Model):

@@ -166,6 +166,7 @@ def _cost_of_file(
         file_bytes=file.path.stat().st_size,
         parameters=file.parameters,
         quantisation=name,
+        vocab=embedding[0],
         depth=depth,
     )
     return cost, name

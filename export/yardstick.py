@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 
 import gguf
@@ -33,6 +34,7 @@ class Yardstick:
     heads: int
     kv_heads: int
     vocabulary: int
+    worded: bool = False  # whether its tokens have texts, as a real model's
 
     @property
     def parameters(self) -> int:
@@ -61,8 +63,10 @@ class Yardstick:
         return found
 
 
-# Few wide layers show the bandwidth, many narrow ones what a layer costs beside its bytes.
+# Few wide layers show the bandwidth, many narrow ones what a layer costs beside its bytes; the slim one is what small
+# models look like.
 WIDE = Yardstick("wide", layers=10, hidden=1024, neurons=3072, heads=16, kv_heads=4, vocabulary=8192)
+SLIM = Yardstick("slim", layers=30, hidden=512, neurons=1536, heads=8, kv_heads=2, vocabulary=32768, worded=True)
 DEEP = Yardstick("deep", layers=48, hidden=256, neurons=768, heads=4, kv_heads=4, vocabulary=8192)
 
 Fill = Callable[[np.random.Generator, int], NDArray[np.uint8]]  # bytes of so many blocks, (blocks, bytes)
@@ -84,11 +88,30 @@ def _f16(random: np.random.Generator, blocks: int) -> NDArray[np.uint8]:
 FILLS: dict[Type, Fill] = {
     Type.F16: _f16,
     Type.Q4_0: lambda r, n: np.hstack([_halves(n, SCALE / 4), _bits(r, n, 16)]),
+    Type.Q4_1: lambda r, n: np.hstack([_halves(n, SCALE / 4), _halves(n, -2 * SCALE), _bits(r, n, 16)]),
     Type.IQ4_NL: lambda r, n: np.hstack([_halves(n, SCALE / 64), _bits(r, n, 16)]),
     Type.Q8_0: lambda r, n: np.hstack([_halves(n, SCALE / 64), _bits(r, n, 32)]),
     Type.Q4_K: lambda r, n: np.hstack([_halves(n, SCALE / 128), _halves(n, SCALE / 16), _bits(r, n, 140)]),
     Type.Q6_K: lambda r, n: np.hstack([_bits(r, n, 208), _halves(n, SCALE / 2048)]),
 }
+
+
+def _byte_letters() -> list[str]:
+    """A letter for each byte as GPT-2 writes it: itself where it can be printed, else one from 256 on."""
+    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
+
+
+def _add_words(writer: gguf.GGUFWriter, count: int) -> None:
+    """A byte-level vocabulary: 256 bytes, then pairs of them, each with its merge."""
+    base = _byte_letters()
+    pairs = list(islice(product(base, repeat=2), count - 256))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*base, *(first + second for first, second in pairs)])
+    writer.add_token_types([1] * (256 + len(pairs)))  # normal
+    writer.add_token_merges([f"{first} {second}" for first, second in pairs])
 
 
 def write_yardstick(shape: Yardstick, kind: str, out: Path, *, seed: int = 0) -> Path:
@@ -116,7 +139,10 @@ def write_yardstick(shape: Yardstick, kind: str, out: Path, *, seed: int = 0) ->
             writer.add_layer_norm_rms_eps(1e-5)
             writer.add_rope_dimension_count(HEAD_DIM)
             writer.add_vocab_size(shape.vocabulary)
-            writer.add_tokenizer_model("no_vocab")
+            if shape.worded:
+                _add_words(writer, shape.vocabulary)
+            else:
+                writer.add_tokenizer_model("no_vocab")
             for name, size in shape.tensors():
                 if len(size) == 1:
                     writer.add_tensor(name, np.ones(size, np.float32))

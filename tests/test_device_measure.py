@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.device_measure import measure_device, save_profile, solve, to_toml
+from edgeprune.device_measure import Point, measure_device, save_profile, solve, to_toml
 from edgeprune.devices import DeviceProfile, load_profile, parse_profile
 from edgeprune.errors import BadInput, StageFailed
-from edgeprune.export.yardstick import DEEP, FILLS, WIDE, Yardstick, write_yardstick
+from edgeprune.export.yardstick import DEEP, FILLS, SLIM, WIDE, Yardstick, write_yardstick
 from edgeprune.prediction import predict_file
 from edgeprune.runtimes.bench import BenchResult
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.runtimes.records import Record, statistics
 
-SHARES = {"Q4_0": 1.0, "IQ4_NL": 0.9, "Q4_K": 0.8, "Q6_K": 0.75, "Q8_0": 1.1, "F16": 1.2}
+SHARES = {"Q4_0": 1.0, "Q4_1": 0.85, "IQ4_NL": 0.9, "Q4_K": 0.8, "Q6_K": 0.75, "Q8_0": 1.1, "F16": 1.2}
 
 
 def record(n_prompt: int, n_gen: int, threads: int, seconds: float) -> Record:
@@ -76,7 +76,7 @@ def test_the_law_is_found_again(measured: DeviceProfile) -> None:
     decode = measured.decode["cpu"]
     assert decode.layer_ms is not None and decode.one_thread_gbs is not None
     assert decode.gbs.value == pytest.approx(12.0, rel=1e-3)
-    assert decode.layer_ms.value == pytest.approx(0.05, rel=1e-2)
+    assert decode.layer_ms.value == pytest.approx(0.05, rel=2e-2)
     assert {name: decode.kernel[name].value for name in ("Q8_0", "F16", "IQ4_NL", "Q4_K_M", "Q4_K_S", "Q6_K")} == (
         pytest.approx({"Q8_0": 1.1, "F16": 1.2, "IQ4_NL": 0.9, "Q4_K_M": 0.8, "Q4_K_S": 0.8, "Q6_K": 0.75}, rel=1e-2)
     )
@@ -105,15 +105,16 @@ def test_the_file_reads_back(measured: DeviceProfile, tmp_path: Path) -> None:
     assert parse_profile(to_toml(load_profile("rk3588")), where="text") == load_profile("rk3588")
 
 
-@given(st.floats(1, 200), st.floats(0, 0.5))
-def test_two_yardsticks_give_bandwidth_and_layers(gbs: float, layer_ms: float) -> None:
-    from types import SimpleNamespace
-
-    wide, deep = (SimpleNamespace(shape=shape, read_bytes=size) for shape, size in ((WIDE, 73e6), (DEEP, 24e6)))
-    seconds = [y.read_bytes / gbs / 1e9 + y.shape.layers * layer_ms / 1e3 for y in (wide, deep)]
-    assert solve(wide, deep, *seconds) == (pytest.approx(gbs), pytest.approx(layer_ms, abs=1e-9))
-    found, none = solve(wide, deep, seconds[0], 0.5 * wide.read_bytes / gbs / 1e9 * 24 / 73)
-    assert none == 0.0 and found == pytest.approx(73e6 / seconds[0] / 1e9)
+@given(st.floats(1, 200), st.floats(0, 0.5), st.floats(0.5, 2.0))
+def test_yardsticks_give_bandwidth_and_layers(gbs: float, layer_ms: float, share: float) -> None:
+    points = []
+    for shape, kind, size in ((WIDE, "Q4_0", 73e6), (DEEP, "Q4_0", 24e6), (WIDE, "Q8_0", 137e6), (SLIM, "Q8_0", 121e6)):
+        rate = gbs * (share if kind == "Q8_0" else 1.0) * 1e9
+        seconds = size / rate + shape.layers * layer_ms / 1e3
+        points.append(Point(shape, kind, 4, int(size), int(size), [record(0, 8, 4, seconds)]))
+    rates, found = solve(points)
+    assert rates == pytest.approx({"Q4_0": gbs, "Q8_0": gbs * share}, rel=1e-4)
+    assert found == pytest.approx(layer_ms, rel=1e-3, abs=1e-4)
 
 
 def test_what_goes_wrong_is_said() -> None:
@@ -127,13 +128,15 @@ def test_what_goes_wrong_is_said() -> None:
 
 @pytest.mark.parametrize("kind", [each.name for each in FILLS])
 def test_every_yardstick_runs_and_is_the_same_everywhere(kind: str, tmp_path: Path) -> None:
-    shape = Yardstick("tiny", layers=2, hidden=256, neurons=512, heads=4, kv_heads=2, vocabulary=512)
+    worded = kind == "Q8_0"
+    shape = Yardstick("tiny", 2, hidden=256, neurons=512, heads=4, kv_heads=2, vocabulary=512, worded=worded)
     path = write_yardstick(shape, kind, tmp_path / "a.gguf")
     assert path.read_bytes() == write_yardstick(shape, kind, tmp_path / "b.gguf").read_bytes()
     file = GgufFile(path)
     assert file.parameters == shape.parameters and {t.type for t in file.tensors.values()} == {kind, "F32"}
     with LlamaCpp(path, n_ctx=16, threads=1) as model:
         logits = model.forward([1, 2, 3])
+        assert not worded or model.decode(model.encode("How long? 12 Übergänge")) == "How long? 12 Übergänge"
     assert model.n_vocab == 512 and np.isfinite(logits).all() and logits.std() > 0
 
 
