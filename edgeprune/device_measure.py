@@ -172,7 +172,9 @@ def profile_of(base: DeviceProfile, sweep: Sequence[Point], points: Sequence[Poi
     source = f"models of random weights, {rounds} rounds, on {where}"
     by_kind, layer_ms = solve(points)
     gbs = by_kind[BASE]
-    slow, fast = (1 - SHAPES) * min(p.spread()[0] for p in points), (1 + SHAPES) * max(p.spread()[1] for p in points)
+    # Of a typical point: a single disturbed round says little of the machine.
+    lowest, highest = np.median([point.spread() for point in points], axis=0).tolist()
+    slow, fast = (1 - SHAPES) * lowest, (1 + SHAPES) * highest
 
     def figure(value: float, low: float, high: float, digits: int = 4) -> dict[str, Any]:
         low, value, high = (float(f"{number:.{digits}g}") for number in (low, value, high))
