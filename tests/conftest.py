@@ -33,12 +33,12 @@ SENTENCES = [
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Caches and settings of the tests are their own; the wheels of the demo model stay where they are."""
+    """Caches and settings of the tests are their own; what takes minutes to get or make stays where it is."""
     wheels = Path(os.environ.get("EDGEPRUNE_CACHE") or Path.home() / ".cache" / "edgeprune")
     base = tmp_path_factory.mktemp("user")
     cache = base / "cache"
     cache.mkdir()
-    for name in ("wheels", "models"):
+    for name in ("wheels", "models", "arm-board"):
         (wheels / name).mkdir(parents=True, exist_ok=True)
         (cache / name).symlink_to(wheels / name)
     os.environ["EDGEPRUNE_CACHE"] = str(cache)
