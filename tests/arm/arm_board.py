@@ -64,6 +64,16 @@ def emulate() -> None:
         run("update-binfmts", "--enable", "qemu-aarch64")
 
 
+def cpuinfo() -> str:
+    """What /proc/cpuinfo of a Raspberry Pi 5 says (Cortex-A76), with this machine's number of processors."""
+    features = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
+    core = (
+        f"BogoMIPS\t: 108.00\nFeatures\t: {features}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
+        "CPU variant\t: 0x4\nCPU part\t: 0xd0b\nCPU revision\t: 1\n\n"
+    )
+    return "".join(f"processor\t: {number}\n{core}" for number in range(os.cpu_count() or 1))
+
+
 def root() -> Path:
     """The root file system, made at first use."""
     out = folder() / "root"
@@ -154,6 +164,10 @@ def board() -> Iterator[Board]:
         for kind, source, target in mounts:
             run("mount", "-t", kind, source, target)
             stack.callback(run, "umount", "-l", target)
+        # qemu shows this machine's own /proc/cpuinfo, in which an ARM program finds no ARM processor.
+        (there / "etc/edgeprune-board/cpuinfo").write_text(cpuinfo())
+        run("mount", "--bind", there / "etc/edgeprune-board/cpuinfo", there / "proc/cpuinfo")
+        stack.callback(run, "umount", "-l", there / "proc/cpuinfo")
         (there / "run/sshd").mkdir(parents=True, exist_ok=True)
         with (folder() / "sshd.log").open("wb") as log:
             daemon = subprocess.Popen(
