@@ -78,6 +78,11 @@ class Tokenizer:
 
 
 def check_tokens(tokens: NDArray[np.int64], n_vocab: int) -> None:
+    """Refuse what are no ids of a vocabulary of `n_vocab`.
+
+    Raises:
+        BadInput: not one dimension, or an id that is not in the vocabulary.
+    """
     if tokens.ndim != 1:
         raise BadInput(f"tokens must be a list of ids, found {tokens.ndim} dimensions")
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= n_vocab):
