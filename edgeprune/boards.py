@@ -10,14 +10,13 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from edgeprune.devices import flatten
+from edgeprune.devices import read_toml
 from edgeprune.errors import BadInput, unknown
 from edgeprune.files import config_dir
 from edgeprune.runtimes.isolate import Execute, run_isolated
@@ -55,14 +54,7 @@ def read_boards(path: Path) -> dict[str, BoardEntry]:
     Raises:
         BadInput: no such file, no TOML, a field that is missing, unknown or out of range, or a wrong address.
     """
-    try:
-        entries = _ENTRIES.validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise BadInput(f"cannot be read ({error.strerror})", where=path) from error
-    except ValidationError as error:
-        raise BadInput(flatten(error), where=path) from error
-    except ValueError as error:  # no TOML, or no UTF-8
-        raise BadInput(f"not readable TOML ({error})", where=path) from error
+    entries = read_toml(path, _ENTRIES.validate_python)
     if not entries:
         raise BadInput("no boards in it", where=path)
     for entry in entries.values():

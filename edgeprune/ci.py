@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from edgeprune.devices import flatten
+from edgeprune.devices import read_toml
 from edgeprune.errors import BadInput
 from edgeprune.files import atomic_folder, read_json, sha256, write_json
 from edgeprune.record import environment
@@ -66,14 +65,7 @@ def read_suite(path: Path) -> Suite:
     Raises:
         BadInput: no such file, no TOML, a field that is missing, unknown or out of range, or a name that comes twice.
     """
-    try:
-        suite = Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise BadInput(f"cannot be read ({error.strerror})", where=path) from error
-    except ValidationError as error:
-        raise BadInput(flatten(error), where=path) from error
-    except ValueError as error:  # no TOML, or no UTF-8
-        raise BadInput(f"not readable TOML ({error})", where=path) from error
+    suite = read_toml(path, Suite.model_validate)
     names = [entry.name for entry in suite.bench]
     if twice := {name for name in names if names.count(name) > 1}:
         raise BadInput(f"the name {min(twice)!r} comes twice", where=path)

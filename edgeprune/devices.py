@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +22,7 @@ from edgeprune.errors import BadInput, unknown
 MAX_PROFILE_BYTES = 64 * 1024  # the largest built-in profile is under 8 KiB
 MIB_PER_GIB = 1024
 
+T = TypeVar("T")
 Kind = Literal["measured", "published", "vendor", "derived", "assumed"]
 Backend = Literal["cpu", "cuda", "metal", "igpu"]
 RuntimeName = Literal["llamacpp", "onnxruntime", "pytorch"]
@@ -293,6 +295,22 @@ def flatten(error: ValidationError) -> str:
         problems.append(f"{field[:120]}: {message[:200]}" if field else message[:200])
     more = error.error_count() - len(problems)
     return "; ".join(problems).replace("\n", " ") + (f" (and {more} more)" if more > 0 else "")
+
+
+def read_toml(path: Path, validate: Callable[[Any], T]) -> T:
+    """What `validate`, a pydantic model's or adapter's, makes of a TOML file.
+
+    Raises:
+        BadInput: no such file, no TOML, or a field that is missing, unknown or out of range.
+    """
+    try:
+        return validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BadInput(f"cannot be read ({error.strerror})", where=path) from error
+    except ValidationError as error:
+        raise BadInput(flatten(error), where=path) from error
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise BadInput(f"not readable TOML ({error})", where=path) from error
 
 
 def parse_profile(text: str, *, where: object) -> DeviceProfile:

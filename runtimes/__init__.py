@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from edgeprune.errors import BadInput, unknown
 from edgeprune.runtimes.base import Runtime
@@ -40,6 +40,25 @@ def runtime_for(path: Path) -> str:
     )
 
 
+def runtime_class(name: str) -> Any:
+    """The class of a runtime in the table; its module is imported."""
+    module, attribute = RUNTIMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def settings_option(name: str, settings: Mapping[str, Value] | None) -> dict[str, Any]:
+    """The keyword that hands `settings` to a runtime's class; none where there are none.
+
+    Raises:
+        BadInput: settings for a runtime that has none.
+    """
+    if not settings:
+        return {}
+    if not hasattr(runtime_class(name), "SETTINGS"):
+        raise BadInput(f"the runtime {name} has no settings", remedy=f"leave out {', '.join(settings)}")
+    return {"settings": settings}
+
+
 def open_runtime(
     path: Path, *, n_ctx: int, threads: int, name: str | None = None, settings: Mapping[str, Value] | None = None
 ) -> Runtime:
@@ -52,11 +71,5 @@ def open_runtime(
     name = name or runtime_for(path)
     if name not in RUNTIMES:
         raise unknown("runtime", name, RUNTIMES)
-    module, attribute = RUNTIMES[name]
-    kind = getattr(importlib.import_module(module), attribute)
-    options = {}
-    if settings:
-        if not hasattr(kind, "SETTINGS"):
-            raise BadInput(f"the runtime {name} has no settings", remedy=f"leave out {', '.join(settings)}")
-        options["settings"] = settings
-    return cast(Runtime, kind(path, n_ctx=n_ctx, threads=threads, **options))
+    options = settings_option(name, settings)
+    return cast(Runtime, runtime_class(name)(path, n_ctx=n_ctx, threads=threads, **options))

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput, StageFailed, unknown
-from edgeprune.runtimes import RUNTIMES, runtime_for
+from edgeprune.runtimes import RUNTIMES, runtime_class, runtime_for, settings_option
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.conditions import Gate
 from edgeprune.runtimes.isolate import Execute, Outcome, Status, run_isolated
@@ -199,15 +199,11 @@ def measure(
         BadInput: as the runtime's constructor, or settings for a runtime that has none.
         StageFailed: the machine was not fit to be measured within `gate_s`.
     """
-    module_name, class_name = RUNTIMES[runtime]
-    module = importlib.import_module(module_name)  # before the clock starts: Python's imports are not the model's
-    kind = getattr(module, class_name)
-    takes = inspect.signature(kind).parameters
-    options: dict[str, Any] = {"all_logits": False} if "all_logits" in takes else {}
-    if settings and "settings" not in takes:
-        raise BadInput(f"the runtime {runtime} has no settings", remedy=f"leave out {', '.join(settings)}")
-    if settings:
-        options["settings"] = settings
+    kind = runtime_class(runtime)  # before the clock starts: Python's imports are not the model's
+    module = importlib.import_module(RUNTIMES[runtime][0])
+    options = settings_option(runtime, settings)
+    if "all_logits" in inspect.signature(kind).parameters:
+        options["all_logits"] = False
     began = time.perf_counter_ns()
     model: Runtime = kind(Path(path), n_ctx=n_ctx, threads=threads, **options)
     load_ns = time.perf_counter_ns() - began

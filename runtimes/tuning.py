@@ -7,13 +7,12 @@ lies above 1: noise must not choose. Settings that change the model's answers ar
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.runtimes import RUNTIMES, runtime_for
+from edgeprune.runtimes import runtime_class, runtime_for
 from edgeprune.runtimes.bench import GATE_S
 from edgeprune.runtimes.isolate import Execute, run_isolated
 from edgeprune.runtimes.racing import LEVEL, ROUNDS, Arm, Comparison, judge, race
@@ -61,8 +60,7 @@ class Tuned:
 
 def settings_of(runtime: str) -> dict[str, Setting]:
     """The settings that a runtime takes, by name; empty if it has none."""
-    module, name = RUNTIMES[runtime]
-    table: dict[str, Setting] = getattr(getattr(importlib.import_module(module), name), "SETTINGS", {})
+    table: dict[str, Setting] = getattr(runtime_class(runtime), "SETTINGS", {})
     return table
 
 
