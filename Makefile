@@ -52,11 +52,11 @@ test-arm: install-dev
 	$(BIN)/python -m pytest -m arm -s tests/arm
 
 # llama.cpp with Vulkan in an environment of its own; on Debian without a GPU: apt-get install mesa-vulkan-drivers
-# libvulkan-dev glslc glslang-tools spirv-headers
+# libvulkan-dev glslc glslang-tools spirv-headers. No cache: pip's has the wheel without a GPU under the same name.
 GPU_CMAKE_ARGS ?= -DGGML_VULKAN=on -DMTMD_BUILD=OFF
 $(VENV)-gpu/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-gpu
-	CMAKE_ARGS="$(GPU_CMAKE_ARGS)" $(VENV)-gpu/bin/python -m pip install --quiet --no-binary=llama-cpp-python -c constraints.txt llama-cpp-python numpy
+	CMAKE_ARGS="$(GPU_CMAKE_ARGS)" $(VENV)-gpu/bin/python -m pip install --quiet --no-cache-dir --no-binary=llama-cpp-python -c constraints.txt llama-cpp-python numpy
 	$(VENV)-gpu/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@
 

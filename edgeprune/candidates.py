@@ -15,7 +15,9 @@ from typing import Any
 from edgeprune.cost import DEFAULT_DEPTH, Cost, bytes_read_per_token, judge, predict
 from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import BadInput
+from edgeprune.offload import device_settings
 from edgeprune.plan import SCOPES, PrunePlan, Scope, WidthPlan
+from edgeprune.runtimes.settings import Values
 from edgeprune.shape import ModelShape
 from edgeprune.targets import Target
 
@@ -43,6 +45,11 @@ class Candidate:
     def fits(self) -> bool:
         """Whether the prediction meets the budget."""
         return not self.reasons
+
+    @property
+    def settings(self) -> Values:
+        """What its runtime has to be told on the device."""
+        return device_settings(self.target.runtime, self.cost.backend, self.cost.gpu_layers)
 
     @property
     def dense(self) -> bool:
@@ -170,6 +177,9 @@ def cost_of(
         depth=depth,
         parameters=shape.parameters,
         quantisation=target.mixture,
+        types=target.format.types(shape, target.quantisation),
+        head_bytes=parts["embedding" if shape.tied else "head"],
+        gpu_memory_mib=budget.max_memory_mib,
     )
 
 

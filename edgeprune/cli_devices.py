@@ -73,12 +73,16 @@ def devices_measure(
     gate: Gate = True,
     as_json: AsJson = False,
 ) -> None:
-    """Make a machine's profile from short runs of the runtime on models of random weights; under 3 minutes."""
+    """Make a machine's profile from short runs of the runtime on models of random weights; under 3 minutes.
+
+    Where llama.cpp finds a GPU, the processor is measured first and then the GPU, which the profile then starts from.
+    """
     from edgeprune.boards import place
-    from edgeprune.device_measure import measure_device, save_profile
+    from edgeprune.device_measure import ROUNDS_S, measure_device, save_profile
     from edgeprune.devices import load_profile
     from edgeprune.files import config_dir
     from edgeprune.host import host_profile, measured_path
+    from edgeprune.host_gpu import backend_of, find_gpu, with_gpu, with_memory_of
     from edgeprune.output import figures_of
     from edgeprune.runtimes.bench import GATE_S, bench
     from edgeprune.runtimes.tuning import thread_counts
@@ -89,14 +93,19 @@ def devices_measure(
     base = host_profile(measured=False) if device is None else load_profile(device)
     if name is not None:
         base = base.renamed(name)
+    gpu = find_gpu(there.execute)
+    backend = None if gpu is None else backend_of(gpu)
     with Stages() as stages:
-        profile = measure_device(
-            base,
-            counts=counts_of(threads) or thread_counts(there.threads),
+        measure = partial(
+            measure_device,
             measure=partial(bench, execute=there.execute),
+            seconds=ROUNDS_S / (2 if backend else 1),
             gate_s=GATE_S if gate else None,
             progress=stages,
         )
+        profile = measure(with_gpu(base, None), counts=counts_of(threads) or thread_counts(there.threads))
+        if gpu is not None and backend is not None:
+            profile = measure(with_memory_of(profile, gpu), counts=[profile.threads], backend=backend)
     path = save_profile(profile, config_dir() / "profiles" / f"{name}.toml" if name else measured_path())
     if as_json:
         print_json(profile.model_dump(mode="json"))

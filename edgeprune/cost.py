@@ -4,17 +4,21 @@ Speed of decoding (one token):  t = (W + K) / (q·B) + f + n·c
 with W the weight bytes read, K the cache bytes read, B the effective bandwidth, q the share of it that the
 quantisation's kernel reaches, f and c the fixed terms of the device's profile and n the layers. Prompt processing is
 bound by arithmetic: t = parameters / P a token, P by quantisation, in proportion to the big cores at work.
+Where a GPU has no room for all layers, each part takes its own time, one after the other (`offload`).
 Memory is a cliff: beyond what the device can hold, a model does not run slower but (almost) not at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from edgeprune.devices import Backend, Budget, Decode, DeviceProfile, Figure, Load, PositiveFigure
 from edgeprune.errors import BadInput, unknown
+from edgeprune.offload import Split, split
+from edgeprune.runtimes.settings import ALL_LAYERS
 
 MIB = 1 << 20
 # llama-bench's tg128 generates 128 tokens from an empty cache: 64 cached tokens on average.
@@ -63,7 +67,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs on one device. Speeds in tokens/s; None where the profile has no figure."""
+    """What one model costs on one device. Speeds in tokens/s; None where the profile has no figure.
+
+    Where a GPU computes a part of the model only, `memory_mib` is that on the GPU and `beside_mib` the rest.
+    """
 
     decode_tps: Prediction
     prefill_tps: Prediction | None
@@ -71,9 +78,11 @@ class Cost:
     memory_mib: Prediction
     file_mib: float
     runtime: str
-    backend: str
+    backend: Backend
     threads: int
     context: int
+    gpu_layers: int | None = None  # of llama.cpp; None on the processor
+    beside_mib: Prediction | None = None
 
 
 def bytes_read_per_token(parts: Mapping[str, int], *, tied: bool, vocab: int) -> int:
@@ -131,9 +140,21 @@ def effective_bandwidth(profile: DeviceProfile, decode: Decode, backend: Backend
     return full
 
 
-def kernel_share(decode: Decode, runtime: str, quantisation: str | None) -> float:
-    """Share of the effective bandwidth that llama.cpp's kernel of a quantisation reaches; 1 where nothing is known."""
-    figure = decode.kernel.get(quantisation or "") if runtime == "llamacpp" else None
+def kernel_share(
+    decode: Decode, runtime: str, quantisation: str | None, types: Mapping[str, int] | None = None
+) -> float:
+    """Share of the effective bandwidth that llama.cpp's kernels of a model reach; 1 where nothing is known.
+
+    Args:
+        quantisation: the mixture's name.
+        types: bytes that a token reads by tensor type. Where the profile has a figure for each, the share is that of
+            all bytes over the sum of the times that each type's take.
+    """
+    if runtime != "llamacpp":
+        return 1.0
+    if types and all(kind in decode.types for kind in types):
+        return sum(types.values()) / sum(size / decode.types[kind].value for kind, size in types.items())
+    figure = decode.kernel.get(quantisation or "")
     return 1.0 if figure is None else figure.value
 
 
@@ -152,7 +173,10 @@ def predict(
     depth: int = DEFAULT_DEPTH,
     parameters: int | None = None,
     quantisation: str | None = None,
+    types: Mapping[str, int] | None = None,
     vocab: int = 0,
+    head_bytes: int = 0,
+    gpu_memory_mib: float | None = None,
 ) -> Cost:
     """Predict what a model costs on a device.
 
@@ -170,7 +194,10 @@ def predict(
         depth: tokens in the cache while decoding, on average (default: as llama-bench's tg128).
         parameters, quantisation: for the prefill; without them it is None. A quantisation whose kernel the profile
             has a figure for decodes by it.
+        types: bytes of weights read for one token, by tensor type (see `kernel_share`).
         vocab: tokens of the vocabulary, for the time to open the file.
+        head_bytes: bytes of the head among `bytes_per_token`, for a GPU that has no room for all.
+        gpu_memory_mib: the most to take of a GPU's own memory; default: what of it is usable.
 
     Raises:
         BadInput: a number out of range, or the profile has no figure for `runtime`.
@@ -187,12 +214,22 @@ def predict(
     bandwidth = effective_bandwidth(profile, decode, backend, used)
     scale = profile.scale_for(runtime)
     share = (1.0, 1.0, 1.0) if scale is None else _interval(scale.decode)
-    kernel = kernel_share(decode, runtime, quantisation)
+    kernel = kernel_share(decode, runtime, quantisation, types)
     read = bytes_per_token + kv_bytes * min(depth, context) / context
     fixed, layer = _interval(decode.fixed_ms), _interval(decode.layer_ms)
+    overhead = OVERHEAD_MIB[runtime]
+    part = Split(ALL_LAYERS, n_layers, read, 1.0)  # all in one place
+    if runtime == "llamacpp" and profile.beside is not None:
+        room = _room(profile, gpu_memory_mib)
+        part = split(room, read=bytes_per_token, cache=kv_bytes, head=head_bytes, n_layers=n_layers)
+    rest = (0.0, 0.0, 0.0)
+    if part.share < 1:
+        slower = kernel_share(profile.decode["cpu"], runtime, quantisation, types)
+        rest = _seconds_beside(profile, read * (1 - part.share) / slower, n_layers - part.layers)
 
     def seconds(gbs: float, efficiency: float, index: int) -> float:
-        return read / (gbs * efficiency * kernel * 1e9) + (fixed[index] + n_layers * layer[index]) / 1e3
+        here = read * part.share / (gbs * efficiency * kernel * 1e9) + (fixed[index] + part.layers * layer[index]) / 1e3
+        return here + rest[index]
 
     decode_tps = Prediction(
         value=1 / seconds(bandwidth.value, share[1], 1),
@@ -201,25 +238,49 @@ def predict(
     )
     prefill = None
     rates = profile.prefill.get(backend, {}) if runtime == "llamacpp" else {}
-    if parameters and quantisation in rates:
+    if parameters and quantisation in rates and part.share == 1:
         rate = rates[quantisation]
         cores = min(1.0, used / profile.threads) if backend == "cpu" else 1.0
         each = cores / (parameters / 1e9)
         prefill = Prediction(rate.value * each, rate.low * each, rate.high * each)
     size = weights_bytes if file_bytes is None else file_bytes
-    overhead = OVERHEAD_MIB[runtime]
     held = (weights_bytes + kv_bytes + repack_bytes) / MIB
+    left = None
+    if part.share < 1:
+        held, left = part.gpu_bytes / MIB, held - part.gpu_bytes / MIB
     return Cost(
         decode_tps=decode_tps,
         prefill_tps=prefill,
         load_s=_load(profile.load, size, vocab) if profile.load and runtime == "llamacpp" else None,
-        memory_mib=Prediction(held + overhead.value, held + overhead.low, held + overhead.high),
+        memory_mib=_with_overhead(held, overhead),
         file_mib=size / MIB,
         runtime=runtime,
         backend=backend,
         threads=used,
         context=context,
+        gpu_layers=part.gpu_layers if backend != "cpu" and runtime == "llamacpp" else None,
+        beside_mib=None if left is None else _with_overhead(left, overhead),
     )
+
+
+def _with_overhead(held_mib: float, overhead: Figure) -> Prediction:
+    return Prediction(held_mib + overhead.value, held_mib + overhead.low, held_mib + overhead.high)
+
+
+def _room(profile: DeviceProfile, gpu_memory_mib: float | None) -> float:
+    """Bytes that a GPU's own memory has for weights and cache."""
+    most = min(profile.usable_memory_mib, gpu_memory_mib or math.inf)
+    return max(0.0, most - OVERHEAD_MIB["llamacpp"].value) * MIB
+
+
+def _seconds_beside(profile: DeviceProfile, read: float, n_layers: int) -> tuple[float, float, float]:
+    """Time that the processor takes for `n_layers` layers of `read` bytes together: (shortest, usual, longest)."""
+    decode = profile.decode["cpu"]
+    shortest, usual, longest = (
+        read / (gbs * 1e9) + n_layers * ms / 1e3
+        for gbs, ms in zip(reversed(_interval(decode.gbs)), _interval(decode.layer_ms), strict=True)
+    )
+    return shortest, usual, longest
 
 
 def _load(load: Load, size: int, vocab: int) -> Prediction:
@@ -230,11 +291,18 @@ def _load(load: Load, size: int, vocab: int) -> Prediction:
 
 
 def bytes_allowed(
-    profile: DeviceProfile, runtime: str, n_layers: int, tokens_per_s: float, quantisation: str | None = None
+    profile: DeviceProfile,
+    runtime: str,
+    n_layers: int,
+    tokens_per_s: float,
+    quantisation: str | None = None,
+    types: Mapping[str, int] | None = None,
+    gpu_memory_mib: float | None = None,
 ) -> float:
     """Bytes (weights and cache) that `runtime` can read for one token at a speed, by the middle of the figures.
 
-    The inverse of `predict`: negative where the fixed terms alone take longer than that.
+    The inverse of `predict`: negative where the fixed terms alone take longer than that. What a GPU has no room for is
+    counted at the processor's speed; what its layers cost beyond their bytes is not.
 
     Raises:
         BadInput: the profile has no figure for `runtime`.
@@ -244,8 +312,14 @@ def bytes_allowed(
         raise unknown(f"runtime on {profile.name}", runtime, [n for n in OVERHEAD_MIB if profile.backend_for(n)])
     decode, scale = profile.decode[backend], profile.scale_for(runtime)
     fixed_ms = _interval(decode.fixed_ms)[1] + n_layers * _interval(decode.layer_ms)[1]
-    share = (1.0 if scale is None else scale.decode.value) * kernel_share(decode, runtime, quantisation)
-    return (1 / tokens_per_s - fixed_ms / 1e3) * decode.gbs.value * share * 1e9
+    share = (1.0 if scale is None else scale.decode.value) * kernel_share(decode, runtime, quantisation, types)
+    seconds = 1 / tokens_per_s - fixed_ms / 1e3
+    read = seconds * decode.gbs.value * share * 1e9
+    if runtime != "llamacpp" or profile.beside is None or read <= (room := _room(profile, gpu_memory_mib)):
+        return read
+    slow = profile.decode["cpu"]
+    left = (read - room) / read * seconds
+    return room + left * slow.gbs.value * kernel_share(slow, runtime, quantisation, types) * 1e9
 
 
 def judge(cost: Cost, budget: Budget, profile: DeviceProfile, *, hopeful: bool = False) -> list[str]:
@@ -262,6 +336,9 @@ def judge(cost: Cost, budget: Budget, profile: DeviceProfile, *, hopeful: bool =
     memory, usable = cost.memory_mib, profile.usable_memory_mib
     if budget.max_memory_mib is not None and held > budget.max_memory_mib:
         reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, predicted {memory}")
+    beside = profile.beside
+    if beside and cost.beside_mib and (cost.beside_mib.low if hopeful else cost.beside_mib.value) > beside.usable_mib:
+        reasons.append(f"{beside.usable_mib:.0f} MiB beside the GPU, predicted {cost.beside_mib}")
     if held > usable:
         reasons.append(f"{profile.name} holds {usable:.0f} MiB without swapping, predicted {memory}")
     if budget.max_file_mib is not None and cost.file_mib > budget.max_file_mib:

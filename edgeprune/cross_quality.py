@@ -6,7 +6,7 @@ compared over the same windows, so that what is hard or easy in the text cancels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from edgeprune.reference import Progress, Reference, finite_logits, isolated, lo
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.isolate import Execute, run_isolated
+from edgeprune.runtimes.settings import Value
 
 
 def measure_across(
@@ -86,6 +87,7 @@ def evaluate_across(
     threads: int,
     timeout_s: float,
     memory_mib: int | None = None,
+    settings: Mapping[str, Value] | None = None,
     execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> CrossQuality:
@@ -93,6 +95,7 @@ def evaluate_across(
 
     Args:
         n_ctx: tokens of the file's cache.
+        settings: of the runtime.
     """
     arguments = {
         "path": path,
@@ -101,6 +104,7 @@ def evaluate_across(
         "n_ctx": n_ctx,
         "runtime": runtime,
         "threads": threads,
+        "settings": dict(settings or {}),
     }
     record = isolated(
         "edgeprune.cross_quality:evaluate_across_in_process", path, arguments, timeout_s, memory_mib, progress, execute
@@ -117,9 +121,10 @@ def evaluate_across_in_process(
     n_ctx: int,
     runtime: str | None,
     threads: int,
+    settings: Mapping[str, Value],
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What `evaluate_across` runs in its own process; a `CrossQuality` as JSON."""
     reference = load_reference(Path(reference_folder))
-    with closing(open_runtime(Path(path), n_ctx=n_ctx, threads=threads, name=runtime)) as opened:
+    with closing(open_runtime(Path(path), n_ctx=n_ctx, threads=threads, name=runtime, settings=settings)) as opened:
         return measure_across(opened, reference, texts, progress=progress).to_json()

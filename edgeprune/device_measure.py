@@ -17,15 +17,17 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgeprune import files
-from edgeprune.devices import DeviceProfile
+from edgeprune.devices import Backend, DeviceProfile
 from edgeprune.errors import StageFailed
 from edgeprune.export.yardstick import DEEP, HEAD_DIM, SLIM, WIDE, Yardstick, write_yardstick
+from edgeprune.offload import device_settings
 from edgeprune.runtimes.bench import GATE_S, BenchResult, bench
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.records import Record
@@ -36,7 +38,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "Q4_0": ("Q4_0",),
     "Q4_1": ("Q4_1",),
     "IQ4_NL": ("IQ4_NL",),
+    "Q5_0": ("Q5_0",),
+    "Q5_1": ("Q5_1",),
     "Q4_K": ("Q4_K_S", "Q4_K_M"),
+    "Q5_K": ("Q5_K_S", "Q5_K_M"),
     "Q6_K": ("Q6_K",),
     "Q8_0": ("Q8_0",),
     "F16": ("F16",),
@@ -81,7 +86,9 @@ def measure_device(
     base: DeviceProfile,
     *,
     counts: list[int],
+    backend: Backend = "cpu",
     measure: Bench = bench,
+    seconds: float = ROUNDS_S,
     gate_s: float | None = GATE_S,
     progress: Progress | None = None,
 ) -> DeviceProfile:
@@ -90,13 +97,16 @@ def measure_device(
     Args:
         base: memory, processor and budget of the machine.
         counts: numbers of threads to try.
+        backend: what computes; another than the processor gets all layers.
         measure: measures one file; `bench`, here or on a board.
+        seconds: about as long as the rounds may take.
         gate_s: as in `bench`.
         progress: called with (stage, done, total).
 
     Raises:
         StageFailed: a yardstick did not run, or the machine was not fit to be measured.
     """
+    measure = partial(measure, settings=device_settings("llamacpp", backend, None))
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as scratch:
 
         def point(shape: Yardstick, kind: str, threads: int) -> Point:
@@ -118,11 +128,11 @@ def measure_device(
                     _time(each, Path(scratch), prompt, measure, gate_s)
 
         sweep = [point(WIDE, BASE, count) for count in counts]
-        run(sweep, 2, ROUNDS_S / 3)
+        run(sweep, 2, seconds / 3)
         best = min(sweep, key=lambda each: each.seconds).threads
         points = [point(shape, kind, best) for kind in KINDS for shape in (WIDE, SLIM)] + [point(DEEP, BASE, best)]
-        run(points, ROUNDS, ROUNDS_S)
-    return profile_of(base, sweep, points)
+        run(points, ROUNDS, seconds)
+    return profile_of(base, sweep, points, backend)
 
 
 def _time(point: Point, folder: Path, n_prompt: int, measure: Bench, gate_s: float | None) -> None:
@@ -164,11 +174,14 @@ def solve(points: Sequence[Point]) -> tuple[dict[str, float], float]:
     return dict(zip(kinds, (1 / found[:-1]).tolist(), strict=True)), float(found[-1])
 
 
-def profile_of(base: DeviceProfile, sweep: Sequence[Point], points: Sequence[Point]) -> DeviceProfile:
+def profile_of(
+    base: DeviceProfile, sweep: Sequence[Point], points: Sequence[Point], backend: Backend = "cpu"
+) -> DeviceProfile:
     """`base` with the figures that the points give: `sweep` at each number of threads, `points` at the best. Pure."""
     first = points[0]
     record, rounds = first.tg[0], len(first.tg)
-    where = f"{record.cpu_info}, llama.cpp {record.build_commit}, {record.test_time[:10]}, {first.threads} threads"
+    what = record.cpu_info if backend == "cpu" else record.gpu_info
+    where = f"{what}, llama.cpp {record.build_commit}, {record.test_time[:10]}, {first.threads} threads"
     source = f"models of random weights, {rounds} rounds, on {where}"
     by_kind, layer_ms = solve(points)
     gbs = by_kind[BASE]
@@ -183,7 +196,7 @@ def profile_of(base: DeviceProfile, sweep: Sequence[Point], points: Sequence[Poi
     decode: dict[str, Any] = {"gbs": figure(gbs, gbs * slow, gbs * fast)}
     if layer_ms:
         decode["layer_ms"] = figure(layer_ms, layer_ms / fast, layer_ms / slow)
-    for alone in (point for point in sweep if point.threads == 1 < first.threads):
+    for alone in (point for point in sweep if backend == "cpu" and point.threads == 1 < first.threads):
         rate = alone.read_bytes / alone.seconds / 1e9
         decode["one_thread_gbs"] = figure(rate, rate * slow, rate * fast)
     prefill = {}
@@ -195,11 +208,16 @@ def profile_of(base: DeviceProfile, sweep: Sequence[Point], points: Sequence[Poi
             prefill[name] = figure(rate, rate * low * (1 - SHAPES), rate * high * (1 + SHAPES))
     shares = {kind: rate / gbs for kind, rate in by_kind.items() if kind != BASE}
     values = base.model_dump(exclude_none=True)
-    kept = {key: value for key, value in values["decode"].get("cpu", {}).items() if key not in ("layer_ms", "fixed_ms")}
+    kept = {
+        key: value for key, value in values["decode"].get(backend, {}).items() if key not in ("layer_ms", "fixed_ms")
+    }
+    types = {kind: figure(share, share, share, 3) for kind, share in shares.items()}
+    types[BASE] = figure(1.0, 1.0, 1.0)
     kernels = {name: figure(share, share, share, 3) for kind, share in shares.items() for name in KINDS[kind]}
-    values["decode"] = {**values["decode"], "cpu": {**kept, **decode, "kernel": kernels}}
-    values["prefill"] = {**values.get("prefill", {}), "cpu": prefill}
+    values["decode"] = {**values["decode"], backend: {**kept, **decode, "kernel": kernels, "types": types}}
+    values["prefill"] = {**values.get("prefill", {}), backend: prefill}
     values["load"] = _load(points, figure)
+    values["start"]["backend"] = backend
     values["start"]["threads"] = {
         "value": float(first.threads),
         "kind": "measured",

@@ -24,7 +24,7 @@ MIB_PER_GIB = 1024
 
 T = TypeVar("T")
 Kind = Literal["measured", "published", "vendor", "derived", "assumed"]
-Backend = Literal["cpu", "cuda", "metal", "igpu"]
+Backend = Literal["cpu", "cuda", "metal", "vulkan", "igpu"]
 RuntimeName = Literal["llamacpp", "onnxruntime", "pytorch"]
 
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -88,6 +88,11 @@ class Memory(_Model):
     nominal_gbs: PositiveFigure | None = None  # 10^9 bytes/s
     dedicated: bool = False
 
+    @property
+    def usable_mib(self) -> float:
+        """What of it one process can hold without swapping, MiB."""
+        return self.total_gib.value * self.usable_share.value * MIB_PER_GIB
+
     @model_validator(mode="after")
     def _share(self) -> Self:
         if self.usable_share.high > 1:
@@ -114,7 +119,8 @@ class Decode(_Model):
     """Speed of generating one token on one backend: bytes read / `gbs` + `fixed_ms` + layers x `layer_ms`.
 
     `gbs` is that of four-bit types; `kernel` says what share of it other quantisations reach, whose kernels are bound
-    by arithmetic or waste less of the memory's time.
+    by arithmetic or waste less of the memory's time. `types` says it of tensor types, which is nearer to the truth: a
+    mixture's types depend on the model's widths. It counts where it has all types that a model is made of.
     """
 
     gbs: PositiveFigure  # effective 10^9 bytes/s of weights
@@ -122,6 +128,7 @@ class Decode(_Model):
     fixed_ms: Figure | None = None  # a token
     layer_ms: Figure | None = None  # a token and layer
     kernel: dict[Annotated[str, Field(min_length=1, max_length=32)], PositiveFigure] = {}
+    types: dict[Annotated[str, Field(min_length=1, max_length=32)], PositiveFigure] = {}
 
 
 class Load(_Model):
@@ -205,7 +212,11 @@ class Variant(_Model):
 
 
 class DeviceProfile(_Model):
-    """One device. `base` is the profile that a recognised host was built from."""
+    """One device. `base` is the profile that a recognised host was built from.
+
+    Where `memory` is a GPU's own, `beside` is the machine's: layers that the GPU has no room for are computed there by
+    the processor, at the speed of `decode["cpu"]`. Without it a model has to fit into the GPU.
+    """
 
     name: Name
     description: Text
@@ -213,6 +224,7 @@ class DeviceProfile(_Model):
     variants: dict[Name, Variant] = {}
     notes: Annotated[str, Field(max_length=4000)] = ""
     memory: Memory
+    beside: Memory | None = None
     cpu: Cpu
     gpu: Annotated[str, Field(max_length=200)] | None = None
     decode: Annotated[dict[Backend, Decode], Field(min_length=1)]
@@ -233,6 +245,8 @@ class DeviceProfile(_Model):
         for name, scale in self.runtime.items():
             if scale.backend not in self.decode:
                 raise ValueError(f"runtime.{name}.backend {scale.backend!r} has no [decode.{scale.backend}]")
+        if self.beside and (not self.memory.dedicated or self.beside.dedicated or "cpu" not in self.decode):
+            raise ValueError("[beside] needs a [memory] that is dedicated, none that is itself, and a [decode.cpu]")
         return self
 
     @property
@@ -243,7 +257,7 @@ class DeviceProfile(_Model):
     @property
     def usable_memory_mib(self) -> float:
         """Memory in MiB that one process can hold without swapping."""
-        return self.memory.total_gib.value * self.memory.usable_share.value * MIB_PER_GIB
+        return self.memory.usable_mib
 
     @property
     def at_hand(self) -> bool:

@@ -246,12 +246,20 @@ def measured_path() -> Path:
 def host_profile(*, measured: bool = True) -> DeviceProfile:
     """The profile of this machine, named "host": what `devices measure` found, else a known device's, else a guess.
 
+    It computes on the GPU where the installed llama.cpp finds one that there are figures of.
+
     Args:
         measured: whether what `devices measure` found counts.
 
     Raises:
         BadInput: the cache folder cannot be written to, or the kept profile is broken.
     """
+    from edgeprune.host_gpu import find_gpu, with_gpu
+
+    return with_gpu(_processor_profile(measured), find_gpu())
+
+
+def _processor_profile(measured: bool) -> DeviceProfile:
     if measured and (kept := measured_path()).is_file():
         return read_profile(kept)
     cores, memory_bytes = available_cores(), available_memory()

@@ -86,6 +86,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 def print_prediction(found: DevicePrediction) -> None:
     """Print what a model is predicted to do on a device."""
     cost = found.cost
+    with_ = [cost.backend, f"{cost.threads} threads", f"context {cost.context}"]
+    if cost.beside_mib:
+        with_.insert(1, f"{cost.gpu_layers} layers on the GPU")
     print_table(
         f"{found.model} {found.quantisation} on {found.device}, predicted",
         ("", "value (90 % interval)"),
@@ -95,8 +98,9 @@ def print_prediction(found: DevicePrediction) -> None:
             [f"first token after {found.prompt}", "no figure" if found.ttft_s is None else f"{found.ttft_s} s"],
             ["opening the file", "no figure" if cost.load_s is None else f"{cost.load_s} s, if it was read before"],
             ["peak memory", f"{cost.memory_mib} MiB"],
+            *([["beside the GPU", f"{cost.beside_mib} MiB"]] if cost.beside_mib else []),
             ["fits", "; ".join(found.reasons) or "yes"],
-            ["with", f"{cost.runtime}, {cost.backend}, {cost.threads} threads, context {cost.context}"],
+            ["with", f"{cost.runtime}, {', '.join(with_)}"],
             *(["assumed", each] for each in found.assumed),
         ],
     )

@@ -43,6 +43,7 @@ class DevicePrediction:
             ("ttft", "s", self.ttft_s),
             ("load", "s", cost.load_s),
             ("peak", "mib", cost.memory_mib),
+            ("beside", "mib", cost.beside_mib),
         ):
             record[f"{name}_{unit}"] = None if found is None else found.value
             record[f"{name}_low"] = None if found is None else found.low
@@ -50,6 +51,7 @@ class DevicePrediction:
         fits = not self.reasons
         reason = "; ".join(self.reasons) or None
         return record | {
+            "gpu_layers": cost.gpu_layers,
             "prompt": self.prompt,
             "fits": fits,
             "reason": reason,
@@ -166,8 +168,10 @@ def _cost_of_file(
         file_bytes=file.path.stat().st_size,
         parameters=file.parameters,
         quantisation=name,
+        types=file.bytes_by_type(lambda tensor: len(tensor.shape) > 1 and (tied or tensor.name != "token_embd.weight")),
         vocab=embedding[0],
         depth=depth,
+        head_bytes=parts["embedding" if tied else "head"],
     )
     return cost, name
 

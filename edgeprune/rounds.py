@@ -181,18 +181,24 @@ def measure_all(
             if candidate.dense and trial.status == "ok":
                 append_trial(dense_trials(), trial)
         if trial.speed:  # measured on the device itself: the prediction no longer decides
-            candidate = replace(candidate, reasons=judge_measured(trial, proposal.budget))
+            reasons = judge_measured(trial, proposal.budget, dedicated=proposal.profile.memory.dedicated)
+            candidate = replace(candidate, reasons=reasons)
         measured.append((candidate, trial))
     return measured
 
 
-def judge_measured(trial: Trial, budget: Budget) -> tuple[str, ...]:
-    """Limits of the budget that a file broke when it was measured on the device."""
+def judge_measured(trial: Trial, budget: Budget, *, dedicated: bool = False) -> tuple[str, ...]:
+    """Limits of the budget that a file broke when it was measured on the device.
+
+    Args:
+        dedicated: memory is that of a GPU; where nothing tells how much of it was taken, that limit is not judged.
+    """
     reasons = []
     speed = trial.speed["tg128"]["median_ts"]
     if budget.min_tokens_per_s is not None and speed < budget.min_tokens_per_s:
         reasons.append(f"needs {budget.min_tokens_per_s:g} tokens/s, measured {speed:.1f}")
-    peaks = [test["peak_mib"] for test in trial.speed.values() if test["peak_mib"] is not None]
+    which = "peak_gpu_mib" if dedicated else "peak_mib"
+    peaks = [test[which] for test in trial.speed.values() if test[which] is not None]
     if budget.max_memory_mib is not None and peaks and max(peaks) > budget.max_memory_mib:
         reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, measured {max(peaks):.0f}")
     size = sum(file["bytes"] for file in trial.files.values()) / (1 << 20)

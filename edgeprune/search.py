@@ -53,8 +53,18 @@ def limits(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Bu
     """The most that `sizes` may be on the device, by the middle of its figures, (3,); inf where there is no limit."""
     read = held = file = np.inf
     if budget.min_tokens_per_s is not None:
-        read = bytes_allowed(profile, target.runtime, len(shape.layers), budget.min_tokens_per_s, target.mixture)
+        read = bytes_allowed(
+            profile,
+            target.runtime,
+            len(shape.layers),
+            budget.min_tokens_per_s,
+            target.mixture,
+            target.format.types(shape, target.quantisation),
+            budget.max_memory_mib,
+        )
     memory = min(profile.usable_memory_mib, budget.max_memory_mib or np.inf)
+    if profile.beside and target.runtime == "llamacpp":
+        memory += profile.beside.usable_mib
     held = (memory - OVERHEAD_MIB[target.runtime].value) * MIB
     if budget.max_file_mib is not None:
         file = budget.max_file_mib * MIB

@@ -5,6 +5,7 @@ A new export format is one entry in `FORMATS`: how to tell bytes before anything
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Format:
         quantisations: the kinds it offers, best quality first.
         fit: of those, the kinds `fit` tries by default.
         parts: bytes by part of a model of a shape, quantised.
+        types: bytes of matrices that a token reads, by tensor type; empty where they do not tell the speed.
         alignment: the number of MLP neurons must be a multiple of this.
         fallbacks: one line for each kind of tensor that cannot have the type asked for.
         per_layer: whether it carries widths that differ from layer to layer, for a model of a shape.
@@ -46,6 +48,7 @@ class Format:
     quantisations: tuple[str, ...]
     fit: tuple[str, ...]
     parts: Callable[[ModelShape, str], Parts]
+    types: Callable[[ModelShape, str], Mapping[str, int]]
     alignment: Callable[[str], int]
     fallbacks: Callable[[ModelShape, str], list[str]]
     repacked: Callable[[ModelShape, str], int]
@@ -87,6 +90,15 @@ def _gguf_repacked(shape: ModelShape, kind: str) -> int:
     )
 
 
+def _gguf_types(shape: ModelShape, kind: str) -> Mapping[str, int]:
+    types = tensor_types(shape, kind)
+    totals: Counter[str] = Counter()
+    for tensor in tensors(shape):
+        if len(tensor.shape) > 1 and (shape.tied or tensor.name != "token_embd.weight"):
+            totals[types[tensor.name]] += tensor_bytes(types[tensor.name], tensor.shape)
+    return totals
+
+
 def _export_onnx(folder: Path, out: Path, kind: str, _scratch: Path, _threads: int) -> Path:
     from edgeprune.export.onnx_graph import export_onnx
 
@@ -120,6 +132,7 @@ FORMATS: dict[str, Format] = {
                 "Q2_K:imatrix",
             ),
             parts=gguf_bytes,
+            types=_gguf_types,
             alignment=gguf_alignment,
             fallbacks=gguf_fallbacks,
             repacked=_gguf_repacked,
@@ -133,6 +146,7 @@ FORMATS: dict[str, Format] = {
             quantisations=("fp32", "fp16", "int8", "int4-head8", "int4"),
             fit=("int8", "int4"),
             parts=_onnx_parts,
+            types=lambda _shape, _kind: {},
             alignment=lambda _kind: 32,  # the block of MatMulNBits
             fallbacks=lambda _shape, _kind: [],
             # It packs weights anew too, but lets the originals go: the overhead in `cost` was measured with that.

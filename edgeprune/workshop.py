@@ -28,6 +28,7 @@ from edgeprune.runtimes.bench import GATE_S, bench
 from edgeprune.runtimes.isolate import run_isolated
 from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.runtimes.records import to_dict
+from edgeprune.runtimes.settings import Values
 from edgeprune.shape import ModelShape
 from edgeprune.surgery import PLAN_FILE
 from edgeprune.targets import IMATRIX
@@ -65,7 +66,7 @@ class Workshop:
         self.source = source
         self.reference = reference
         self.threads = threads
-        self.bench = bench
+        self.bench = bench  # the device is at hand
         self.gate_s = gate_s
         self.place = place or Place(run_isolated, threads)
         self.context = context
@@ -135,6 +136,7 @@ class Workshop:
                 threads=self.place.threads,
                 timeout_s=TIMEOUT_S,
                 progress=progress,
+                settings=self.settings(candidate),
                 execute=self.place.execute,
             )
         # With fewer tokens the same text is more of them: room for twice as many as the dense model reads at once.
@@ -148,8 +150,13 @@ class Workshop:
             threads=self.place.threads,
             timeout_s=TIMEOUT_S,
             progress=progress,
+            settings=self.settings(candidate),
             execute=self.place.execute,
         )
+
+    def settings(self, candidate: Candidate) -> Values:
+        """What its runtime is told: that of the device, where it is the device."""
+        return candidate.settings if self.bench else {}
 
     def _scratch(self, candidate: Candidate) -> Path:
         """What a candidate's plan is made in: the checkpoint and the unquantised file."""
@@ -183,6 +190,7 @@ class Workshop:
                     runtime=candidate.target.runtime,
                     n_ctx=max(self.context, BENCH_CONTEXT),
                     gate_s=self.gate_s,
+                    settings=self.settings(candidate),
                     timeout_s=TIMEOUT_S,
                 )
                 if result.status != "ok":
@@ -221,7 +229,7 @@ def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
         workshop.reference.name,
         workshop.place.threads,
         workshop.place.identity,
-        workshop.bench and (workshop.context, workshop.gate_s is not None),
+        workshop.bench and (workshop.context, workshop.gate_s is not None, candidate.settings),
         here["edgeprune"],
         here["packages"],
         here["platform"],

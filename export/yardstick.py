@@ -90,8 +90,11 @@ FILLS: dict[Type, Fill] = {
     Type.Q4_0: lambda r, n: np.hstack([_halves(n, SCALE / 4), _bits(r, n, 16)]),
     Type.Q4_1: lambda r, n: np.hstack([_halves(n, SCALE / 4), _halves(n, -2 * SCALE), _bits(r, n, 16)]),
     Type.IQ4_NL: lambda r, n: np.hstack([_halves(n, SCALE / 64), _bits(r, n, 16)]),
+    Type.Q5_0: lambda r, n: np.hstack([_halves(n, SCALE / 8), _bits(r, n, 20)]),
+    Type.Q5_1: lambda r, n: np.hstack([_halves(n, SCALE / 8), _halves(n, -2 * SCALE), _bits(r, n, 20)]),
     Type.Q8_0: lambda r, n: np.hstack([_halves(n, SCALE / 64), _bits(r, n, 32)]),
     Type.Q4_K: lambda r, n: np.hstack([_halves(n, SCALE / 128), _halves(n, SCALE / 16), _bits(r, n, 140)]),
+    Type.Q5_K: lambda r, n: np.hstack([_halves(n, SCALE / 256), _halves(n, SCALE / 16), _bits(r, n, 172)]),
     Type.Q6_K: lambda r, n: np.hstack([_bits(r, n, 208), _halves(n, SCALE / 2048)]),
 }
 

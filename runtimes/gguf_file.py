@@ -13,6 +13,7 @@ import math
 import mmap
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -308,10 +309,10 @@ class GgufFile:
         """Number of tensors of each ggml type, the most frequent first."""
         return dict(Counter(tensor.type for tensor in self.tensors.values()).most_common())
 
-    def bytes_by_type(self) -> dict[str, int]:
-        """Bytes in tensors of each ggml type."""
+    def bytes_by_type(self, among: Callable[[TensorInfo], bool] = lambda _: True) -> dict[str, int]:
+        """Bytes in tensors of each ggml type, of those `among` says yes to."""
         totals: Counter[str] = Counter()
-        for tensor in self.tensors.values():
+        for tensor in filter(among, self.tensors.values()):
             totals[tensor.type] += tensor.n_bytes
         return dict(totals)
 

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
@@ -51,10 +51,11 @@ _OOM_PHRASES = (
     "failed to allocate",
     "unable to allocate",
     "out of memory",
-    "outofdevicememory",  # of Vulkan
     "memoryerror",
     "failed to map segment",  # of the dynamic loader, when an import meets the limit
 )
+# What only a GPU's allocator says (CUDA, Vulkan); llama.cpp then reports no more than that it cannot load.
+_GPU_OOM_PHRASES = ("cudamalloc failed", "outofdevicememory")
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _judge(child: _Child, wall_s: float, timeout_s: float, *, limited: bool) -> 
         # Libraries turn a failed allocation into an error of their own ("cannot load"), so under a limit of ours
         # what they printed counts as well.
         said = error["what"] + (output if limited else "")
-        if error["kind"] == "MemoryError" or _says_oom(said):
+        if error["kind"] == "MemoryError" or _says_oom(said) or _says_oom(output, ()):
             return outcome("oom", f"out of memory: {error['what']}")
         if error["kind"] in _ERRORS:
             raise _ERRORS[error["kind"]](error["what"], where=error["where"], remedy=error["remedy"])
@@ -316,9 +317,9 @@ def _death(code: int, output: str) -> tuple[Status, str]:
     return ("oom" if _says_oom(output) else "crash"), f"ended with exit code {code} and no result"
 
 
-def _says_oom(text: str) -> bool:
+def _says_oom(text: str, phrases: Sequence[str] = _OOM_PHRASES) -> bool:
     lower = text.lower()
-    return any(phrase in lower for phrase in _OOM_PHRASES)
+    return any(phrase in lower for phrase in (*phrases, *_GPU_OOM_PHRASES))
 
 
 # The child's side.

@@ -16,7 +16,7 @@ from edgeprune.runtimes.base import Logits, Tokens
 from edgeprune.runtimes.llamacpp_devices import require_gpu
 from edgeprune.runtimes.llamacpp_library import Closing, build_info, failure, forget_complaints, llama_cpp, load_model
 from edgeprune.runtimes.llamacpp_vocabulary import Tokenizer, check_tokens
-from edgeprune.runtimes.settings import Setting, Value, check
+from edgeprune.runtimes.settings import ALL_LAYERS, Setting, Value, check
 from edgeprune.runtimes.tree import Tree
 
 __all__ = ["LlamaCpp", "build_info"]
@@ -26,7 +26,6 @@ _FLASH: dict[Value, int] = {
     "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
     False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
-ALL_LAYERS = 999  # more than any model has
 _GPU_LAYERS = (0, ALL_LAYERS) if llama_cpp.llama_supports_gpu_offload() else (0,)
 _CACHE_TYPES = {"F16": llama_cpp.GGML_TYPE_F16, "Q8_0": llama_cpp.GGML_TYPE_Q8_0}
 

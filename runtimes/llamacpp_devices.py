@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from edgeprune.errors import BadInput
+from edgeprune.runtimes.gpu import Gpu
 from edgeprune.runtimes.llamacpp_library import llama_cpp, start_backend
 
 _GPU, _INTEGRATED = 1, 2  # enum ggml_backend_dev_type; 0 is the processor, 3 a matrix unit beside it
 REMEDY = (
     'install a build with one: CMAKE_ARGS="-DGGML_VULKAN=on" (or GGML_CUDA, GGML_METAL) pip install llama-cpp-python'
 )
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU.
-
-    Attributes:
-        name: ggml's, such as "Vulkan0" or "CUDA0".
-        description: its maker's name.
-        integrated: whether it shares the machine's memory.
-        free_mib: memory that is free, MiB.
-        total_mib: memory, MiB.
-    """
-
-    name: str
-    description: str
-    integrated: bool
-    free_mib: float
-    total_mib: float
-
-    def __str__(self) -> str:
-        kind = "shared memory" if self.integrated else "own memory"
-        return f"{self.name}: {self.description}, {self.free_mib:.0f} of {self.total_mib:.0f} MiB free, {kind}"
 
 
 @functools.cache
@@ -78,6 +57,11 @@ def gpus() -> list[Gpu]:
         )
         found.append(Gpu(name, description, kind == _INTEGRATED, free.value / 2**20, total.value / 2**20))
     return found
+
+
+def listed() -> list[dict[str, Any]]:
+    """`gpus` as JSON, for a process of its own."""
+    return [asdict(gpu) for gpu in gpus()]
 
 
 def require_gpu() -> list[Gpu]:

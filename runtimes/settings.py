@@ -13,6 +13,7 @@ from edgeprune.errors import BadInput, unknown
 
 Value = bool | int | str
 Values = dict[str, Value]
+ALL_LAYERS = 999  # of llama.cpp's gpu_layers: more than any model has
 _WORDS = {"on": True, "true": True, "off": False, "false": False}
 
 

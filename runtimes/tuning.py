@@ -7,7 +7,7 @@ lies above 1: noise must not choose. Settings that change the model's answers ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from edgeprune.runtimes import runtime_class, runtime_for
 from edgeprune.runtimes.bench import GATE_S
 from edgeprune.runtimes.isolate import Execute, run_isolated
 from edgeprune.runtimes.racing import LEVEL, ROUNDS, Arm, Comparison, judge, race
-from edgeprune.runtimes.settings import Setting
+from edgeprune.runtimes.settings import Setting, Value
 
 N_PROMPT, N_GEN = 256, 64  # tokens of the turn whose time is made short
 
@@ -74,6 +74,7 @@ def tune(
     *,
     threads: Sequence[int],
     runtime: str | None = None,
+    given: Mapping[str, Value] | None = None,
     lossy: Collection[str] = (),
     n_prompt: int = N_PROMPT,
     n_gen: int = N_GEN,
@@ -88,6 +89,7 @@ def tune(
         path: what `open_runtime` loads.
         threads: numbers of threads to try, the usual one first.
         runtime: its name; None: what the kind of file asks for.
+        given: settings that stay as they are.
         lossy: settings to try although they change the answers; quality must then be judged with them.
         n_prompt: tokens of the prompt of the turn that is timed.
         n_gen: tokens of its answer.
@@ -102,7 +104,8 @@ def tune(
     """
     name = runtime or runtime_for(path)
     table = settings_of(name)
-    best = Arm(path, threads[0], runtime=name)
+    fixed = dict(given or {})
+    best = Arm(path, threads[0], runtime=name, settings=fixed)
     tried: list[Tried] = []
 
     def contest(stage: str, rivals: list[Arm]) -> None:
@@ -132,7 +135,7 @@ def tune(
 
     contest("threads", [replace(best, threads=count) for count in threads[1:]])
     for setting, known in table.items():
-        if known.lossless or setting in lossy:
+        if setting not in fixed and (known.lossless or setting in lossy):
             others = [replace(best, settings={**best.settings, setting: value}) for value in known.values[1:]]
             contest(setting, others)
     return Tuned(best, tuple(tried))

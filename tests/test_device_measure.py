@@ -11,17 +11,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeprune.candidates import cost_of
 from edgeprune.device_measure import Point, measure_device, save_profile, solve, to_toml
-from edgeprune.devices import DeviceProfile, load_profile, parse_profile
+from edgeprune.devices import Budget, DeviceProfile, load_profile, parse_profile
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.yardstick import DEEP, FILLS, SLIM, WIDE, Yardstick, write_yardstick
+from edgeprune.families import FAMILIES
 from edgeprune.prediction import predict_file
 from edgeprune.runtimes.bench import BenchResult
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.runtimes.records import Record, statistics
+from edgeprune.shape import LayerShape, ModelShape
+from edgeprune.targets import target_for
 
-SHARES = {"Q4_0": 1.0, "Q4_1": 0.85, "IQ4_NL": 0.9, "Q4_K": 0.8, "Q6_K": 0.75, "Q8_0": 1.1, "F16": 1.2}
+SHARES = {
+    "Q4_0": 1.0,
+    "Q4_1": 0.85,
+    "IQ4_NL": 0.9,
+    "Q5_0": 0.7,
+    "Q5_1": 0.65,
+    "Q4_K": 0.8,
+    "Q5_K": 0.78,
+    "Q6_K": 0.75,
+    "Q8_0": 1.1,
+    "F16": 1.2,
+}
 
 
 def record(n_prompt: int, n_gen: int, threads: int, seconds: float) -> Record:
@@ -97,6 +112,23 @@ def test_another_model_is_predicted(measured: DeviceProfile, tmp_path: Path, kin
     assert predict_file(path, load_profile("rpi5")).cost.load_s is None  # nobody published it
     assert real.pp is not None and found.prefill_tps is not None
     assert found.prefill_tps.value == pytest.approx(real.pp.median_ts, rel=0.01)
+
+
+def test_a_mixture_is_predicted_by_its_types(measured: DeviceProfile) -> None:
+    """Rows of 96 hold no block of 256: most of Q4_K_M then is Q5_0 and Q8_0, and the name says nothing of it."""
+    layers = (LayerShape(4, 2, 256),) * 6
+    shape = ModelShape(FAMILIES["llama"], 512, 96, 32, layers, True, 512, 1e-5, 1e4, None)
+    target, budget = target_for("Q4_K_M"), Budget.of(measured)
+    types = target.format.types(shape, "Q4_K_M")
+    assert {"Q5_0", "Q8_0"} <= set(types)
+    found = cost_of(shape, target, measured, budget, depth=0).decode_tps.value
+    seconds = sum(size / (12e9 * SHARES[kind]) for kind, size in types.items()) + 6 * 0.05e-3
+    assert found == pytest.approx(1 / seconds, rel=0.05)  # norms are read too
+    unknown = measured.model_copy(update={"decode": load_profile("rpi5").decode})
+    assert (
+        cost_of(shape, target, unknown, budget).decode_tps
+        == cost_of(shape, target, load_profile("rpi5"), budget).decode_tps
+    )
 
 
 def test_the_file_reads_back(measured: DeviceProfile, tmp_path: Path) -> None:

@@ -330,6 +330,10 @@ def test_what_is_measured_goes_before_what_is_predicted() -> None:
     )
     speed, memory, size = judge_measured(bad, budget)
     assert "measured 80.0" in speed and "measured 60" in memory and "measured 3.0" in size
+    # A GPU's own memory is what the driver tells, where one does.
+    told = {"pp512": {**test, "peak_gpu_mib": 60.0}, "tg128": {**test, "peak_gpu_mib": None}}
+    assert judge_measured(replace(good, speed=told), budget) == ()
+    assert "measured 60" in judge_measured(replace(good, speed=told), budget, dedicated=True)[0]
 
 
 def test_nearest_miss_breaks_the_fewest_limits(wide: Path) -> None:
