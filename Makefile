@@ -52,7 +52,9 @@ test-arm: install-dev
 	$(BIN)/python -m pytest -m arm -s tests/arm
 
 # llama.cpp with Vulkan in an environment of its own; on Debian without a GPU: apt-get install mesa-vulkan-drivers
-# libvulkan-dev glslc glslang-tools spirv-headers. No cache: pip's has the wheel without a GPU under the same name.
+# libvulkan-dev glslc glslang-tools spirv-headers. llama.cpp wants headers of Vulkan 1.4; Debian 12 has older ones: unpack
+# trixie's libvulkan-dev (dpkg -x) and add -DVulkan_INCLUDE_DIR=…/usr/include to GPU_CMAKE_ARGS. No cache: pip's has the
+# wheel without a GPU under the same name.
 GPU_CMAKE_ARGS ?= -DGGML_VULKAN=on -DMTMD_BUILD=OFF
 $(VENV)-gpu/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-gpu

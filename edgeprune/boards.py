@@ -78,6 +78,20 @@ def find_board(text: str) -> BoardEntry:
     return known[text]
 
 
+def device_of(board: str | None) -> str:
+    """The profile's name of a board by its entry; of no board, this machine's.
+
+    Raises:
+        BadInput: no such board, or its entry names no profile.
+    """
+    if board is None:
+        return "host"
+    entry = find_board(board)
+    if entry.device is None:
+        raise BadInput("which device the board is, nothing says", where=board, remedy="add --device rpi5")
+    return entry.device
+
+
 @dataclass(frozen=True)
 class Place:
     """Where something is measured.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -94,7 +95,7 @@ class Result:
     def median(self) -> tuple[float, float, float]:
         """(median, low, high) of the speeds, with the bootstrap interval."""
         low, high = median_interval(self.speeds)
-        return sorted(self.speeds)[len(self.speeds) // 2], low, high
+        return statistics.median(self.speeds), low, high
 
     @property
     def state(self) -> State:

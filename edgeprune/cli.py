@@ -49,7 +49,12 @@ def _threads(threads: int | None) -> int:
 @app.command()
 def fit(
     model: Model = "demo",
-    device: Annotated[str, typer.Option("--device", "-d", help="Profile name, path of a .toml, or host.")] = "host",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", "-d", help="Profile name, path of a .toml, or host. Default: the board's own entry, else host."
+        ),
+    ] = None,
     min_tps: Annotated[float | None, typer.Option("--min-tps", help="Decode, tokens/s, at least.")] = None,
     max_memory: Annotated[
         float | None, typer.Option("--max-memory", help="Memory of the process, MiB, at most.")
@@ -112,6 +117,7 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Find the version of a model that loses least within a device's budget; export, measure and bundle it."""
+    from edgeprune.boards import device_of
     from edgeprune.devices import Budget, load_profile
     from edgeprune.errors import unknown
     from edgeprune.fitting import FIT_METHODS, FitOptions, estimate, prepare
@@ -119,7 +125,7 @@ def fit(
     from edgeprune.report import measured_table
     from edgeprune.runtimes.bench import GATE_S
 
-    profile = load_profile(device)
+    profile = load_profile(device or device_of(board))
     budget = Budget.of(
         profile, min_tokens_per_s=min_tps, max_memory_mib=max_memory, max_file_mib=max_file, context=context
     )

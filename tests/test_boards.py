@@ -21,7 +21,7 @@ import psutil
 import pytest
 from conftest import save_llama
 
-from edgeprune.boards import find_board, read_boards
+from edgeprune.boards import device_of, find_board, read_boards
 from edgeprune.cli import app
 from edgeprune.devices import Budget
 from edgeprune.errors import BadInput, StageFailed
@@ -409,6 +409,14 @@ def test_a_wrong_file_of_boards_is_one_line(tmp_path: Path, text: str, match: st
 def test_an_unknown_name_names_the_known(named: str) -> None:
     with pytest.raises(BadInput, match="did you mean 'loop'"):
         find_board("lop")
+
+
+def test_the_entry_says_which_device_it_is(named: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="loop: which device the board is, nothing says; add --device"):
+        device_of(named)
+    with (tmp_path / "config" / "edgeprune" / "boards.toml").open("a") as file:
+        file.write('device = "rpi5"\n')
+    assert device_of(named) == "rpi5" and device_of(None) == "host"
 
 
 # A lab

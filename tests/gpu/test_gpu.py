@@ -9,17 +9,25 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgeprune import fitting
+from edgeprune.boards import Place
+from edgeprune.cost import OVERHEAD_MIB
+from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.export.gguf_writer import write_gguf
+from edgeprune.files import read_json
+from edgeprune.host_gpu import backend_of
 from edgeprune.quality import evaluate
 from edgeprune.reference import make_reference
 from edgeprune.runtimes.bench import bench
-from edgeprune.runtimes.isolate import run_isolated
+from edgeprune.runtimes.gpu import Gpu
+from edgeprune.runtimes.isolate import Outcome, run_isolated
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 
@@ -27,12 +35,15 @@ TEXT = "The kettle sings before the water boils, and nobody listens to it at all
 
 
 @pytest.fixture(scope="module")
-def python() -> str:
+def python() -> Iterator[str]:
     """The interpreter of the environment whose llama.cpp has a GPU."""
     path = os.environ.get("EDGEPRUNE_GPU_PYTHON", "")
     if not path:
         pytest.skip("EDGEPRUNE_GPU_PYTHON names no interpreter with a GPU build of llama.cpp: make test-gpu")
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        if not gpus(path):  # llama.cpp leaves software devices out unless they are named
+            patch.setenv("GGML_VK_VISIBLE_DEVICES", "0")
+        yield path
 
 
 def gpus(python: str) -> list[dict[str, Any]]:
@@ -80,6 +91,47 @@ def test_it_is_measured_and_the_record_names_it(python: str, model: Path) -> Non
     )
     assert result.status == "ok" and result.tg is not None
     assert result.tg.gpu_info and result.tg.backends in ("Vulkan", "CUDA", "Metal", "MTL")
+
+
+def test_a_fit_divides_what_the_gpu_has_no_room_for(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conftest import save_llama
+
+    source = save_llama(tmp_path / "llama", intermediate_size=512, num_hidden_layers=6)
+    (gpu, *_) = gpus(python)
+    backend = backend_of(Gpu(**gpu))
+    assert backend
+    values = load_profile("rtx4060-laptop").model_dump(exclude_none=True)
+    figure = {"value": 40.0, "kind": "assumed", "source": "test"}
+    room = OVERHEAD_MIB["llamacpp"].value + 0.5  # MiB, with what the runtime takes for itself
+    values |= {
+        "reachable": True,
+        "beside": {"total_gib": figure, "usable_share": figure | {"value": 0.75}},
+        "decode": {backend: values["decode"]["cuda"], "cpu": {"gbs": figure}},
+        "start": values["start"] | {"backend": backend},
+        "memory": values["memory"] | {"total_gib": figure | {"value": room / 1024 / 0.9}},
+    }
+
+    def there(*arguments: Any, **options: Any) -> Outcome:
+        return run_isolated(*arguments, **(options | {"python": python}))
+
+    monkeypatch.setattr(fitting, "place", lambda *_: Place(there, 1))
+    result = fitting.fit(
+        source,
+        DeviceProfile.model_validate(values),
+        Budget(context=64),
+        out=tmp_path / "run",
+        targets=["F16"],
+        ratios=(0.0,),
+        method="amp",
+        gate_s=None,
+        tune=False,
+    )
+    layers = result.chosen.settings["gpu_layers"]
+    assert 1 < int(layers) <= 6 and result.chosen.cost.beside_mib is not None
+    assert result.trial.speed["tg128"]["settings"]["gpu_layers"] == layers and result.trial.speed["tg128"]["gpu_info"]
+    assert read_json(result.best / "bundle.json")["settings"]["gpu_layers"] == layers
 
 
 def test_memory_on_a_cuda_gpu_is_measured(python: str, model: Path) -> None:
