@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import binomtest
 
-from edgeprune.ci import TOLERANCE, Result
+from edgeprune.ci import LONGER, TOLERANCE, Result, undecided
 from edgeprune.errors import EdgepruneError, StageFailed
 from edgeprune.files import read_json, write_json
 from edgeprune.models import resolve
@@ -40,7 +41,13 @@ def one_run(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     ]
     began = time.monotonic()
     speeds = race(
-        arms, rounds=settings["rounds"], n_prompt=0, n_gen=settings["n_gen"], gate_s=settings["gate_s"] or None
+        arms,
+        rounds=settings["rounds"],
+        undecided=partial(undecided, tolerance=TOLERANCE),
+        most=LONGER * settings["rounds"],
+        n_prompt=0,
+        n_gen=settings["n_gen"],
+        gate_s=settings["gate_s"] or None,
     )
     test = f"tg{settings['n_gen']}"
     found: dict[str, Any] = {"seconds": time.monotonic() - began}
@@ -71,6 +78,7 @@ def table(record: dict[str, Any]) -> str:
             f"at least {100 * MIN_FOUND:g} %",
         ),
         ("width of the ratio's interval, median", f"{100 * widths[len(widths) // 2]:.1f} %", ""),
+        ("rounds of a run, mean", f"{sum(len(run['same']['a_ts']) for run in runs) / len(runs):.1f}", ""),
         ("runs that the machine was too noisy for", str(record["refused"]), ""),
     ]
     lines = ["| | measured [95 %] | aim |", "| --- | --- | --- |"]
@@ -84,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--n-gen", type=int, default=16)
+    parser.add_argument("--n-gen", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gate-s", type=float, default=60.0, help="0: the machine is not watched")
     arguments = parser.parse_args()

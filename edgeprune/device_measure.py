@@ -5,7 +5,7 @@ runtime itself. A token of a yardstick that reads W bytes of type Q in n layers 
 
     t = W / (q_Q B) + n c
 
-with one c for the machine and one q B for each type, fitted to wide, slim and deep yardsticks by least squares of the
+with one c for the machine and one q B for each type, fitted to wide and slim yardsticks by least squares of the
 relative errors, none below zero (Lawson and Hanson's NNLS). P = parameters x tokens/s of a prompt. A machine's speed
 drifts, so the yardsticks are measured in rounds, and the medians over the rounds count. What the figures do not hold
 for other shapes is in the intervals (`SHAPES`).
@@ -26,7 +26,7 @@ import numpy as np
 from edgeprune import files
 from edgeprune.devices import Backend, DeviceProfile
 from edgeprune.errors import StageFailed
-from edgeprune.export.yardstick import DEEP, HEAD_DIM, SLIM, WIDE, Yardstick, write_yardstick
+from edgeprune.export.yardstick import HEAD_DIM, WIDE, Yardstick, slim, write_yardstick
 from edgeprune.offload import device_settings
 from edgeprune.runtimes.bench import GATE_S, BenchResult, bench
 from edgeprune.runtimes.gguf_file import GgufFile
@@ -47,7 +47,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "F16": ("F16",),
 }
 N_PROMPT, N_GEN = 128, 64
-ROUNDS, ROUNDS_S = 4, 90.0  # as many as fit into so many seconds, one at least
+ROUNDS, ROUNDS_S = 4, 110.0  # as many as fit into so many seconds, one at least
 SHAPES = 0.15  # how far other shapes lie from the yardsticks', of a speed: the demo model is predicted within this
 
 Progress = Callable[[str, int, int], None]
@@ -130,7 +130,7 @@ def measure_device(
         sweep = [point(WIDE, BASE, count) for count in counts]
         run(sweep, 2, seconds / 3)
         best = min(sweep, key=lambda each: each.seconds).threads
-        points = [point(shape, kind, best) for kind in KINDS for shape in (WIDE, SLIM)] + [point(DEEP, BASE, best)]
+        points = [point(shape, kind, best) for kind in KINDS for shape in (WIDE, slim(kind))]
         run(points, ROUNDS, seconds)
     return profile_of(base, sweep, points, backend)
 

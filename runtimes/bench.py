@@ -21,6 +21,7 @@ import contextlib
 import gc
 import importlib
 import inspect
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -94,6 +95,7 @@ def bench(
     memory_mib: int | None = None,
     python: str | None = None,
     delay: float = 0.0,
+    anew: bool = False,
     execute: Execute = run_isolated,
     progress: Progress | None = None,
 ) -> BenchResult:
@@ -116,6 +118,8 @@ def bench(
         memory_mib: limit of each process's own memory (see `run_isolated`).
         python: the interpreter that measures; default: this one. Another environment's may hold another build.
         delay: share by which each repetition is made to take longer, to try what judges the figures.
+        anew: the file is read from disk first. Where its pages lie in memory changes the speed by several per cent, so
+            what is compared must have come there in the same way.
         execute: runs the measuring process: here, or on a board.
         progress: called with {"stage", "done", "total", "ts"} after each repetition; `ts` is its tokens/s.
 
@@ -154,6 +158,7 @@ def bench(
             "least_s": least_s,
             "gate_s": gate_s,
             "delay": delay,
+            "anew": anew,
             "sustained_s": sustained_s if test == ("tg" if n_gen else "pp") else None,
         }
         test_time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -187,6 +192,7 @@ def measure(
     gate_s: float | None = None,
     sustained_s: float | None = None,
     delay: float = 0.0,
+    anew: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -204,6 +210,8 @@ def measure(
     options = settings_option(runtime, settings)
     if "all_logits" in inspect.signature(kind).parameters:
         options["all_logits"] = False
+    if anew:
+        forget_pages(Path(path))
     began = time.perf_counter_ns()
     model: Runtime = kind(Path(path), n_ctx=n_ctx, threads=threads, **options)
     load_ns = time.perf_counter_ns() - began
@@ -331,6 +339,17 @@ def _record(path: Path, runtime: str, arguments: dict[str, Any], outcome: Outcom
         sustained=value["sustained"],
         peak_gpu_mib=outcome.peak_gpu_mib,
     )
+
+
+def forget_pages(path: Path) -> None:
+    """Let the kernel drop what it holds of a file, or of a folder's files; nothing where it knows no such advice."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())  # pages not yet written stay
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check_peak(peak_mib: float | None, size: int, path: Path) -> None:

@@ -28,6 +28,7 @@ LEVEL = 0.95
 ROUNDS = 12
 ROUND_REPETITIONS, ROUND_LEAST_S = 2, 0.5  # of one arm in one round
 
+Speeds = dict[str, list[float]]  # tokens/s of each round, by test
 Progress = Callable[[int, int, str], None]  # rounds done, of how many, the arm about to run
 
 
@@ -146,18 +147,23 @@ def race(
     arms: Sequence[Arm],
     *,
     rounds: int = ROUNDS,
+    undecided: Callable[[list[Speeds]], bool] | None = None,
+    most: int | None = None,
     n_prompt: int,
     n_gen: int,
     gate_s: float | None = GATE_S,
     timeout_s: float = 600.0,
     execute: Execute = run_isolated,
     progress: Progress | None = None,
-) -> list[dict[str, list[float]]]:
-    """Measure every arm once a round, in an order that rotates.
+) -> list[Speeds]:
+    """Measure every arm once a round, in an order that rotates; each file is read from disk for the first.
 
     Args:
         arms: what competes.
         rounds: how often each is measured.
+        undecided: whether, by the speeds so far, further rounds are worth their time; asked after each from the last of
+            `rounds` on.
+        most: rounds at most; default: `rounds`.
         n_prompt: tokens of the prompt; 0 leaves that test out.
         n_gen: tokens to generate; 0 leaves that test out.
         gate_s: as in `bench`, for each measurement.
@@ -174,13 +180,15 @@ def race(
     """
     if rounds < 1:
         raise BadInput(f"{rounds} rounds", remedy="measure one at least")
-    found: list[dict[str, list[float]]] = [{} for _ in arms]
-    for turn in range(rounds):
+    found: list[Speeds] = [{} for _ in arms]
+    for turn in range(max(rounds, most or 0)):
+        if turn >= rounds and not (undecided and undecided(found)):
+            break
         for place in range(len(arms)):
             which = (place + turn) % len(arms)
             arm = arms[which]
             if progress:
-                progress(turn, rounds, str(arm))
+                progress(turn, max(rounds, turn + 1), str(arm))
             result = bench(
                 arm.path,
                 n_prompt=n_prompt,
@@ -195,6 +203,7 @@ def race(
                 execute=execute,
                 python=arm.python,
                 delay=arm.delay,
+                anew=turn == 0,
             )
             if result.status != "ok":
                 raise StageFailed(f"{result.status}: {result.reason}", where=arm)

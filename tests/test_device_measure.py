@@ -15,7 +15,7 @@ from edgeprune.candidates import cost_of
 from edgeprune.device_measure import Point, measure_device, save_profile, solve, to_toml
 from edgeprune.devices import Budget, DeviceProfile, load_profile, parse_profile
 from edgeprune.errors import BadInput, StageFailed
-from edgeprune.export.yardstick import DEEP, FILLS, SLIM, WIDE, Yardstick, write_yardstick
+from edgeprune.export.yardstick import FILLS, SLIM, WIDE, Yardstick, write_yardstick
 from edgeprune.families import FAMILIES
 from edgeprune.prediction import predict_file
 from edgeprune.runtimes.bench import BenchResult
@@ -140,7 +140,7 @@ def test_the_file_reads_back(measured: DeviceProfile, tmp_path: Path) -> None:
 @given(st.floats(1, 200), st.floats(0, 0.5), st.floats(0.5, 2.0))
 def test_yardsticks_give_bandwidth_and_layers(gbs: float, layer_ms: float, share: float) -> None:
     points = []
-    for shape, kind, size in ((WIDE, "Q4_0", 73e6), (DEEP, "Q4_0", 24e6), (WIDE, "Q8_0", 137e6), (SLIM, "Q8_0", 121e6)):
+    for shape, kind, size in ((WIDE, "Q4_0", 73e6), (SLIM, "Q4_0", 71e6), (WIDE, "Q8_0", 137e6), (SLIM, "Q8_0", 133e6)):
         rate = gbs * (share if kind == "Q8_0" else 1.0) * 1e9
         seconds = size / rate + shape.layers * layer_ms / 1e3
         points.append(Point(shape, kind, 4, int(size), int(size), [record(0, 8, 4, seconds)]))

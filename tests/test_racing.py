@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.runtimes import settings as runtime_settings
-from edgeprune.runtimes.bench import bench
+from edgeprune.runtimes.bench import bench, forget_pages
 from edgeprune.runtimes.racing import Arm, compare, judge, race, signed_rank_interval
 from edgeprune.runtimes.tuning import settings_of, thread_counts, tune
 
@@ -43,6 +43,33 @@ def fake_bench(monkeypatch: pytest.MonkeyPatch, speed: Callable[[Any, str], floa
 
     monkeypatch.setattr("edgeprune.runtimes.racing.bench", bench)
     return order
+
+
+def test_files_are_read_anew_for_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def speed(options: Any, test: str) -> float:
+        seen.append((options["path"].stem, options["anew"]))
+        return 100.0
+
+    fake_bench(monkeypatch, speed)
+    race([A, B], rounds=2, n_prompt=0, n_gen=8)
+    assert sorted(seen[:2]) == [("a", True), ("b", True)] and not any(anew for _, anew in seen[2:])
+
+
+@pytest.mark.parametrize(("enough", "rounds"), [(1, 3), (5, 5), (99, 7)])
+def test_a_race_goes_on_while_it_is_worth_it(monkeypatch: pytest.MonkeyPatch, enough: int, rounds: int) -> None:
+    fake_bench(monkeypatch, lambda options, test: 100.0)
+    (found,) = race([A], rounds=3, most=7, undecided=lambda speeds: len(speeds[0]["tg8"]) < enough, n_prompt=0, n_gen=8)
+    assert len(found["tg8"]) == rounds
+
+
+def test_forgotten_pages_come_back(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode() * 100_000)
+    forget_pages(tmp_path)
+    forget_pages(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"a" * 100_000
 
 
 # The interval
