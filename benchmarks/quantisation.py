@@ -34,7 +34,7 @@ from pruning_page import envelope
 from safetensors.torch import load_file, save_file
 
 from edgeprune.bit_allocation import allocate
-from edgeprune.calibration import text_set
+from edgeprune.calibration import TextSet, text_set
 from edgeprune.cost import bytes_read_per_token
 from edgeprune.errors import NothingFits
 from edgeprune.export.gguf_deci import is_filler
@@ -91,7 +91,9 @@ def mixtures(shape: ModelShape, embeddings: bool) -> list[str]:
 class Bench:
     """A model, its calibration and the dense model's reference, and what is measured with them."""
 
-    def __init__(self, args: argparse.Namespace, dense: Model, pruned: Path | None = None) -> None:
+    def __init__(
+        self, args: argparse.Namespace, dense: Model, calibration: TextSet, pruned: Path | None = None
+    ) -> None:
         self.work: Path = args.work
         self.threads: int = args.threads
         self.model = dense if pruned is None else load(pruned)
@@ -99,7 +101,7 @@ class Bench:
         self.removed = 1 - self.model.shape.parameters / dense.shape.parameters
         self.dense_bytes = per_token(dense.shape, "Q4_0")
         self.work.mkdir(parents=True, exist_ok=True)
-        self.calibration = text_set(dense, str(args.calibration), count=args.texts, length=256)
+        self.calibration = calibration
         self.matrix = cached_importance_matrix(self.model, self.calibration)
         self.full = self.work / f"full-{self.model.hash[:12]}.gguf"
         if not self.full.exists():
@@ -290,7 +292,8 @@ def main() -> None:
         parser.error("the held-out text must not be the calibration text")
 
     model = load(args.model)
-    bench = Bench(args, model)
+    calibration = text_set(model, str(args.calibration), count=args.texts, length=256)
+    bench = Bench(args, model, calibration)
     shape = model.shape
     if args.shares:
         mixed(bench, args.shares, args.fisher_texts)
@@ -299,7 +302,7 @@ def main() -> None:
         bench.measure(name, wish, bench.matrix if wish.imatrix else None)
     rows = list(bench.rows.values())
     for folder in args.pruned:
-        mixed(pruned := Bench(args, model, folder), args.shares, args.fisher_texts)
+        mixed(pruned := Bench(args, model, calibration, folder), args.shares, args.fisher_texts)
         rows += pruned.rows.values()
     dense = bench.dense_bytes
     alone = [row for row in rows if not row["removed"]]

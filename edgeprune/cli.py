@@ -57,7 +57,8 @@ def fit(
     ] = None,
     min_tps: Annotated[float | None, typer.Option("--min-tps", help="Decode, tokens/s, at least.")] = None,
     max_memory: Annotated[
-        float | None, typer.Option("--max-memory", help="Memory of the process, MiB, at most.")
+        float | None,
+        typer.Option("--max-memory", help="Memory, MiB, at most: the process's, or the GPU's where it has its own."),
     ] = None,
     max_file: Annotated[float | None, typer.Option("--max-file", help="Size of the model file, MiB, at most.")] = None,
     context: Annotated[

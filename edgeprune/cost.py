@@ -219,7 +219,7 @@ def predict(
     fixed, layer = _interval(decode.fixed_ms), _interval(decode.layer_ms)
     overhead = OVERHEAD_MIB[runtime]
     part = Split(ALL_LAYERS, n_layers, read, 1.0)  # all in one place
-    if runtime == "llamacpp" and profile.beside is not None:
+    if runtime == "llamacpp" and backend != "cpu" and profile.beside is not None:
         room = _room(profile, gpu_memory_mib)
         part = split(room, read=bytes_per_token, cache=kv_bytes, head=head_bytes, n_layers=n_layers)
     rest = (0.0, 0.0, 0.0)
@@ -333,7 +333,8 @@ def judge(cost: Cost, budget: Budget, profile: DeviceProfile, *, hopeful: bool =
     held = cost.memory_mib.low if hopeful else cost.memory_mib.value
     if budget.min_tokens_per_s is not None and speed < budget.min_tokens_per_s:
         reasons.append(f"needs {budget.min_tokens_per_s:.4g} tokens/s, predicted {cost.decode_tps}")
-    memory, usable = cost.memory_mib, profile.usable_memory_mib
+    where = profile.beside if profile.beside and cost.backend == "cpu" else profile.memory
+    memory, usable = cost.memory_mib, where.usable_mib
     if budget.max_memory_mib is not None and held > budget.max_memory_mib:
         reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, predicted {memory}")
     beside = profile.beside

@@ -181,7 +181,8 @@ def measure_all(
             if candidate.dense and trial.status == "ok":
                 append_trial(dense_trials(), trial)
         if trial.speed:  # measured on the device itself: the prediction no longer decides
-            reasons = judge_measured(trial, proposal.budget, dedicated=proposal.profile.memory.dedicated)
+            on_gpu = proposal.profile.memory.dedicated and candidate.cost.backend != "cpu"
+            reasons = judge_measured(trial, proposal.budget, dedicated=on_gpu)
             candidate = replace(candidate, reasons=reasons)
         measured.append((candidate, trial))
     return measured

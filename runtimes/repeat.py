@@ -21,7 +21,7 @@ from edgeprune.runtimes.conditions import WINDOW_S, Gate, Snapshot, obstacles, s
 MAX_REPETITIONS = 2000  # of a test so short that a least duration would take more
 FAULTS_PER_S = 50.0  # pages read from disk; above it the weights were not in memory
 
-Sample = Callable[[], tuple[int, int]]  # one repetition: its nanoseconds, and those to the first token
+Sample = Callable[[], int]  # one repetition: its nanoseconds
 Told = Callable[[int, int], None]  # repetitions done, nanoseconds of the last
 
 
@@ -31,13 +31,11 @@ class Samples:
 
     Attributes:
         ns: nanoseconds of each repetition that counts.
-        first_ns: of each, to its first token.
         dropped: repetitions that were disturbed and do not count.
         machine: {"before", "after"}: the machine before the first that counts and after the last; None without a gate.
     """
 
     ns: list[int] = field(default_factory=list)
-    first_ns: list[int] = field(default_factory=list)
     dropped: int = 0
     machine: dict[str, Any] | None = None
 
@@ -64,11 +62,11 @@ def repeat(sample: Sample, *, repetitions: int, least_s: float, gate: Gate | Non
     while not enough():
         before = gate.wait() if gate else None
         own, faults = time.process_time(), _faults()
-        batch: list[tuple[int, int]] = []
+        batch: list[int] = []
         spent = 0
         while True:
             batch.append(sample())
-            spent += batch[-1][0]
+            spent += batch[-1]
             if gate is None or spent >= WINDOW_S * 1e9 or enough(len(batch), spent):
                 break
         if gate is not None and before is not None:
@@ -82,9 +80,8 @@ def repeat(sample: Sample, *, repetitions: int, least_s: float, gate: Gate | Non
                 gate.lose(seconds, found)
                 continue
             kept.machine = {**(kept.machine or {"before": before.to_json()}), "after": after.to_json()}
-        for ns, first in batch:
+        for ns in batch:
             kept.ns.append(ns)
-            kept.first_ns.append(first)
             if told:
                 told(len(kept.ns), ns)
     return kept

@@ -149,7 +149,7 @@ def test_disturbed_repetitions_are_made_again() -> None:
     steps = [swapping, swapping, replace(swapping, at_s=1.0, swapped_pages=9)]  # the gate's two looks, and one after
     gate = Gate(60.0, look=looks(*steps, replace(swapping, at_s=2.0, swapped_pages=9)), sleep=lambda _: None)
     told: list[int] = []
-    kept = repeat(lambda: (3 * 10**8, 1), repetitions=3, least_s=0.0, gate=gate, told=lambda done, _: told.append(done))
+    kept = repeat(lambda: 3 * 10**8, repetitions=3, least_s=0.0, gate=gate, told=lambda done, _: told.append(done))
     assert (kept.ns, kept.dropped, told) == ([3 * 10**8] * 3, 1, [1, 2, 3])
     assert kept.machine is not None and set(kept.machine) == {"before", "after"}
 
@@ -159,12 +159,12 @@ def test_a_measurement_that_is_always_disturbed_fails() -> None:
     gate = Gate(3.0, look=lambda: replace(CALM, at_s=0.5 * (n := next(shaking)), throttle_events=(n + 1) // 3))
     gate.sleep = lambda _: None
     with pytest.raises(StageFailed, match="slowed down for its temperature"):
-        repeat(lambda: (10**9, 1), repetitions=5, least_s=0.0, gate=gate)
+        repeat(lambda: 10**9, repetitions=5, least_s=0.0, gate=gate)
 
 
 @given(st.integers(1, 20), st.floats(0.0, 3.0), st.integers(10**6, 10**9))
 def test_repetitions_and_a_least_duration(repetitions: int, least_s: float, ns: int) -> None:
-    kept = repeat(lambda: (ns, 1), repetitions=repetitions, least_s=least_s, gate=None)
+    kept = repeat(lambda: ns, repetitions=repetitions, least_s=least_s, gate=None)
     count = len(kept.ns)
     assert kept.machine is None and count >= repetitions
     assert count == 2000 or sum(kept.ns) >= least_s * 1e9
@@ -176,9 +176,9 @@ def test_sustained_speed_is_that_of_the_end() -> None:
 
     pauses = iter([0.001] * 6 + [0.004] * 10**4)
 
-    def sample() -> tuple[int, int]:
+    def sample() -> int:
         time.sleep(next(pauses))
-        return 1, 1
+        return 1
 
     hot = replace(CALM, at_s=1.0, temperature_c=85.0)
     found = sustain(sample, 0.05, 10, look=looks(CALM, hot))

@@ -89,6 +89,15 @@ def test_what_does_not_fit_is_divided(laptop: DeviceProfile) -> None:
     assert reason.startswith("12288 MiB beside the GPU, predicted ")
 
 
+def test_what_the_processor_runs_has_the_machines_memory(laptop: DeviceProfile) -> None:
+    values = laptop.model_dump(exclude_none=True) | {"runtime": {"onnxruntime": {"decode": figure(0.7)}}}
+    both = DeviceProfile.model_validate(values)
+    found = cost(both, 10.0, runtime="onnxruntime")
+    assert found.backend == "cpu" and found.gpu_layers is None and found.beside_mib is None
+    assert not judge(found, Budget(), both)
+    assert "holds 12288 MiB" in judge(cost(both, 13.0, runtime="onnxruntime"), Budget(), both)[0]
+
+
 def test_a_budget_of_memory_is_the_gpus(laptop: DeviceProfile) -> None:
     found = cost(laptop, 4.0, gpu_memory_mib=2048.0)
     assert found.memory_mib.value <= 2048 and found.beside_mib is not None

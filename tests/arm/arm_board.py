@@ -81,9 +81,10 @@ def root() -> Path:
         return out
     emulate()
     shutil.rmtree(out, ignore_errors=True)
-    # From wherever this machine's own packages come.
+    # From wherever this machine's own packages come, if they are of the same Debian.
     wanted = ("Created-By: Packages", f"Codename: {SUITE}", "Component: main")
-    mirror = run("apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted).split()[0]
+    known = run("apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted).split()
+    mirror = known[0] if known else "http://deb.debian.org/debian"
     run(
         "debootstrap",
         "--foreign",
