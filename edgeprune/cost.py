@@ -339,7 +339,7 @@ def judge(cost: Cost, budget: Budget, profile: DeviceProfile, *, hopeful: bool =
         reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, predicted {memory}")
     beside = profile.beside
     if beside and cost.beside_mib and (cost.beside_mib.low if hopeful else cost.beside_mib.value) > beside.usable_mib:
-        reasons.append(f"{beside.usable_mib:.0f} MiB beside the GPU, predicted {cost.beside_mib}")
+        reasons.append(f"the machine beside the GPU holds {beside.usable_mib:.0f} MiB, predicted {cost.beside_mib}")
     if held > usable:
         reasons.append(f"{profile.name} holds {usable:.0f} MiB without swapping, predicted {memory}")
     if budget.max_file_mib is not None and cost.file_mib > budget.max_file_mib:

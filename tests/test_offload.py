@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_divided(laptop: DeviceProfile) -> None:
     alone = load_profile("rtx4060-laptop")
     assert "holds 7373 MiB" in judge(cost(alone, 10.0), Budget(), alone)[0]
     (reason,) = judge(cost(laptop, 24.0), Budget(), laptop)
-    assert reason.startswith("12288 MiB beside the GPU, predicted ")
+    assert reason.startswith("the machine beside the GPU holds 12288 MiB, predicted ")
 
 
 def test_what_the_processor_runs_has_the_machines_memory(laptop: DeviceProfile) -> None:
