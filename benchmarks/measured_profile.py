@@ -18,7 +18,7 @@ from typing import Any
 from edgeprune.device_measure import measure_device
 from edgeprune.errors import EdgepruneError, StageFailed
 from edgeprune.files import write_json
-from edgeprune.host import host_profile
+from edgeprune.host import unmeasured_profile
 from edgeprune.models import checkpoint_folder, resolve
 from edgeprune.prediction import predict_file
 from edgeprune.record import environment
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--quantisations", nargs="+", default=list(KINDS))
     arguments = parser.parse_args()
-    base = host_profile(measured=False)
+    base = unmeasured_profile()
     source = checkpoint_folder(resolve(arguments.model))
     began = time.monotonic()
     profile = measure_device(base, counts=thread_counts(base.threads))

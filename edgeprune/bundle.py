@@ -85,7 +85,7 @@ def _bundle_json(
         "budget": budget.model_dump(mode="json"),
         "n_ctx": budget.context,
         "threads": candidate.cost.threads if tuned is None else tuned.best.threads,
-        "settings": candidate.settings | ({} if tuned is None else dict(tuned.best.settings)),
+        "settings": candidate.settings if tuned is None else dict(tuned.best.settings),
         "chat_template": template,
         "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "stop": _stop_tokens(made.source),

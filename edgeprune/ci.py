@@ -24,7 +24,7 @@ from edgeprune.errors import BadInput
 from edgeprune.files import atomic_folder, read_json, sha256, write_json
 from edgeprune.record import environment
 from edgeprune.runtimes.bench import GATE_S, cpu_info
-from edgeprune.runtimes.racing import ROUNDS, Arm, Comparison, judge, race
+from edgeprune.runtimes.racing import ROUNDS, Arm, Comparison, Speeds, judge, race
 from edgeprune.runtimes.records import median_interval
 
 SCHEMA_VERSION = 1
@@ -212,7 +212,7 @@ def run_suite(
     return Report(suite, tuple(results), hashes, files, at)
 
 
-def undecided(speeds: list[dict[str, list[float]]], *, tolerance: float) -> bool:
+def undecided(speeds: list[Speeds], *, tolerance: float) -> bool:
     """Whether some arm's interval against the first's holds the edge of the tolerance, so that more rounds may tell.
 
     Looking again and again finds something more often where there is nothing; here "nothing" is a ratio of 1, which is

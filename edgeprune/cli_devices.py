@@ -81,7 +81,7 @@ def devices_measure(
     from edgeprune.device_measure import ROUNDS_S, measure_device, save_profile
     from edgeprune.devices import load_profile
     from edgeprune.files import config_dir
-    from edgeprune.host import host_profile, measured_path
+    from edgeprune.host import measured_path, unmeasured_profile
     from edgeprune.host_gpu import backend_of, find_gpu, with_gpu, with_memory_of
     from edgeprune.output import figures_of
     from edgeprune.runtimes.bench import GATE_S, bench
@@ -90,7 +90,7 @@ def devices_measure(
     there = place(board)
     if board is not None and (name is None or device is None):
         raise BadInput("a board's profile needs a name and one to begin with", remedy="add --name NAME --device rpi5")
-    base = host_profile(measured=False) if device is None else load_profile(device)
+    base = unmeasured_profile() if device is None else load_profile(device)
     if name is not None:
         base = base.renamed(name)
     gpu = find_gpu(there.execute)

@@ -23,6 +23,7 @@ import psutil
 from edgeprune import files
 from edgeprune.devices import DeviceProfile, Figure, PositiveFigure, load_profile, read_profile
 from edgeprune.errors import BadInput
+from edgeprune.host_gpu import find_gpu, with_gpu
 from edgeprune.recognise import Host, Texts, recognise
 
 GIB = 1 << 30
@@ -243,25 +244,24 @@ def measured_path() -> Path:
     return files.config_dir() / "hosts" / f"{_key(host, cores, available_memory())}.toml"
 
 
-def host_profile(*, measured: bool = True) -> DeviceProfile:
+def host_profile() -> DeviceProfile:
     """The profile of this machine, named "host": what `devices measure` found, else a known device's, else a guess.
 
     It computes on the GPU where the installed llama.cpp finds one that there are figures of.
 
-    Args:
-        measured: whether what `devices measure` found counts.
-
     Raises:
         BadInput: the cache folder cannot be written to, or the kept profile is broken.
     """
-    from edgeprune.host_gpu import find_gpu, with_gpu
+    kept = measured_path()
+    return with_gpu(read_profile(kept) if kept.is_file() else unmeasured_profile(), find_gpu())
 
-    return with_gpu(_processor_profile(measured), find_gpu())
 
+def unmeasured_profile() -> DeviceProfile:
+    """What is known of this machine before `devices measure`, its GPU left out: a known device's profile, else a guess.
 
-def _processor_profile(measured: bool) -> DeviceProfile:
-    if measured and (kept := measured_path()).is_file():
-        return read_profile(kept)
+    Raises:
+        BadInput: the cache folder cannot be written to.
+    """
     cores, memory_bytes = available_cores(), available_memory()
     host = recognise(gather(), logical_cores=cores)
     if host.profile is None:
