@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 # Packages are pinned for CI and for these targets; `pip install .` alone takes the lower bounds of pyproject.toml.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help fit test test-slow test-arm test-gpu lint format install install-dev benchmarks clean
+.PHONY: help fit demo-web test test-slow test-arm test-gpu lint format install install-dev benchmarks clean
 
 help:
 	@echo "make fit         install, then run the main job on the demo model for a Raspberry Pi 5"
+	@echo "make demo-web    the same for the browser, served at http://127.0.0.1:8000 (needs npm)"
 	@echo "make test        install with the test extra, then run the tests"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-gpu    layers on a GPU, or on a software one: builds llama.cpp with Vulkan"
@@ -40,6 +41,16 @@ install-dev: $(VENV)/.installed-dev
 # 150 tokens/s in 256 MiB: more than the dense model reaches there with any quantisation, so pruning must find the rest.
 fit: install
 	$(BIN)/edgeprune fit --device rpi5 --min-tps 150 --max-memory 256
+
+# What the page needs of npm goes beside a copy: the shipped folder stays as it was proved. npm's install scripts would
+# download what the packages hold already, for other devices.
+WEB := build/demo-web
+demo-web: install
+	$(BIN)/edgeprune fit --quant int4 --no-tune --out runs/demo-web --to transformers.js:q4
+	rm -rf $(WEB) && mkdir -p build && cp -r runs/demo-web/ship/transformers.js $(WEB)
+	cd $(WEB) && npm install --ignore-scripts --no-audit --no-fund
+	@echo "open http://127.0.0.1:8000"
+	cd $(WEB) && $(CURDIR)/$(BIN)/python -m http.server --bind 127.0.0.1 8000
 
 test: install-dev
 	$(BIN)/python -m pytest

@@ -13,16 +13,19 @@ _API = {
     "fit": "edgeprune.fitting",
     "prune": "edgeprune.pruning",
     "load_checkpoint": "edgeprune.heterogeneous",
+    "ship": "edgeprune.shipping",
+    "verify": "edgeprune.shipping",
     "DeviceProfile": "edgeprune.devices",
     "Budget": "edgeprune.devices",
 }
-__all__ = ["Budget", "DeviceProfile", "fit", "load_checkpoint", "prune"]
+__all__ = ["Budget", "DeviceProfile", "fit", "load_checkpoint", "prune", "ship", "verify"]
 
 if TYPE_CHECKING:
     from edgeprune.devices import Budget, DeviceProfile
     from edgeprune.fitting import fit
     from edgeprune.heterogeneous import load_checkpoint
     from edgeprune.pruning import prune
+    from edgeprune.shipping import ship, verify
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.candidates import Candidate
 from edgeprune.checkpoint import GGUF_TOKENIZER
-from edgeprune.files import atomic_folder, read_json, sha256, write_json, write_text
+from edgeprune.files import atomic_folder, read_json, write_json, write_text
 from edgeprune.models import copy_companions
 from edgeprune.plan import PrunePlan
 from edgeprune.quality import CrossQuality, Quality, TextQuality
@@ -18,6 +18,7 @@ from edgeprune.record import Trial, environment
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.tuning import Tuned
 from edgeprune.shape import ModelShape
+from edgeprune.sums import write_sums
 from edgeprune.vocabulary_plan import PLAN_FILE as VOCABULARY_PLAN
 from edgeprune.vocabulary_plan import VocabularyPlan
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from edgeprune.fitting import FitResult
 
 SCHEMA_VERSION = 1
+CHECKPOINTS = "checkpoints"  # in a run's folder: the pruned weights that its bundles were made of
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Made:
         companions: the folder with its tokenizer: the dense one's, or one without the tokens that went.
         plan: what it keeps of the layers.
         vocabulary: which tokens it keeps, where some went.
+        checkpoint: the folder in `CHECKPOINTS` with its weights; None where they are the dense model's.
     """
 
     exported: Path
@@ -44,6 +47,7 @@ class Made:
     companions: Path
     plan: PrunePlan
     vocabulary: VocabularyPlan | None = None
+    checkpoint: str | None = None
 
     def eos(self, shape: ModelShape) -> list[int]:
         """Ids of the tokens that end an answer: those of `shape`, the dense model's, as numbered now."""
@@ -108,6 +112,8 @@ def _bundle_json(
         "judged_on": {"source": result.judged_on.source, "scripts": dict(result.judged_on.scripts)},
         "tokens_counted_on": None if made.vocabulary is None else made.vocabulary.counted_on(),
         "plan": candidate.to_json()["plan"],
+        "checkpoint": made.checkpoint,
+        "licence": _licence(made.source),
         "environment": environment(),
     }
 
@@ -240,5 +246,4 @@ def write_bundle(
         if made.vocabulary is not None:
             made.vocabulary.save(temporary / VOCABULARY_PLAN)
         write_text(temporary / "MODEL_CARD.md", _model_card(result, candidate, trial, made, bundle))
-        sums = [f"{sha256(p)}  {p.relative_to(temporary)}" for p in sorted(temporary.rglob("*")) if p.is_file()]
-        write_text(temporary / "SHA256SUMS", "\n".join(sums) + "\n")
+        write_sums(temporary)

@@ -22,6 +22,7 @@ from edgeprune.cli_measure import BoardName, Gate, Threads, bench, compare, eval
 from edgeprune.cli_measure import tune as tune_command
 from edgeprune.cli_prune import Calibration, Seed, prune
 from edgeprune.cli_recover import duration, recover
+from edgeprune.cli_ship import To, report, ship, targets_of, verify
 from edgeprune.cli_vocabulary import vocabulary
 from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, missing_extra
 from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
@@ -114,6 +115,7 @@ def fit(
         bool, typer.Option("--tune/--no-tune", help="Where speed is measured, find threads and settings of what ships.")
     ] = True,
     gate: Gate = True,
+    to: To = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -147,6 +149,7 @@ def fit(
         "board": board,
         "tune": tune,
     }
+    wanted = targets_of(to)
     if method not in FIT_METHODS:
         raise unknown("method", method, FIT_METHODS)
     if ratios:
@@ -168,15 +171,26 @@ def fit(
             progress=stages,
             **chosen,
         )
+        shipped = _shipped(result.out, wanted, model, chosen["threads"], stages)
     if as_json:
         print_json(json.loads((result.out / "fit.json").read_text(encoding="utf-8")))
         return
     print_table("Measured candidates", *measured_table(result))
     console.print(f"\n[bold green]✓[/] {escape(result.verdict)}\n", soft_wrap=True)
-    console.print(f"  report  {result.out / 'report.md'}", soft_wrap=True)
+    console.print(f"  report  {result.out / 'report.html'}", soft_wrap=True)
     console.print(f"  bundle  {result.best}", soft_wrap=True)
     for other in sorted(result.out.glob("best-*")):
         console.print(f"  also    {other}", soft_wrap=True)
+    for folder in shipped:
+        console.print(f"  shipped {folder}", soft_wrap=True)
+
+
+def _shipped(run: Path, to: list[str], model: str, threads: int, stages: Stages) -> list[Path]:
+    if not to:
+        return []
+    from edgeprune.shipping import ship as write
+
+    return [write(run, name, model=model, threads=threads, say=lambda text: stages(text, 0, 0)) for name in to]
 
 
 def _targets(quant: str | None, runtime: str | None) -> tuple[Any, ...]:
@@ -259,6 +273,9 @@ app.command(name="eval")(evaluate)
 app.command()(inspect)
 app.command()(predict)
 app.command()(doctor)
+app.command()(ship)
+app.command()(verify)
+app.command()(report)
 app.add_typer(devices_app, name="devices")
 app.add_typer(boards_app, name="boards")
 

@@ -53,6 +53,7 @@ EXTRAS = {
     "safetensors": "prune",
     "gguf": "prune",
     "matplotlib": "prune",
+    "jinja2": "prune",
     "llama_cpp": "llama",
     "onnxruntime": "onnx",
     "distributed": "lab",

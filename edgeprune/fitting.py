@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from edgeprune.boards import Place, place
-from edgeprune.bundle import Made, write_bundle
+from edgeprune.bundle import CHECKPOINTS, Made, write_bundle
 from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.damage import MEASURED_SHARES
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
-from edgeprune.files import cache_dir, write_json
+from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.heldout import scripts
 from edgeprune.judging import JudgedOn, Measured, choose, verdict
 from edgeprune.making import Maker
@@ -58,6 +58,7 @@ from edgeprune.rounds import (
 )
 from edgeprune.runtimes.bench import GATE_S
 from edgeprune.runtimes.tuning import Tuned, thread_counts, tune
+from edgeprune.samples import side_by_side
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates
 from edgeprune.targets import Target, default_targets, target_for
@@ -269,6 +270,7 @@ def fit(
         context=budget.context,
         make=Maker(source, model_hash, calibration, settings.seed, _recovery_text(settings), settings.corpus_paths),
         texts=calibration,
+        checkpoints=out / CHECKPOINTS,
     )
     measure = partial(
         measure_all,
@@ -306,7 +308,7 @@ def fit(
         if stale.name not in bundles:
             shutil.rmtree(stale)
     for folder, (candidate, trial) in bundles.items():
-        path = workshop.export(candidate)
+        path = workshop.export(candidate, progress)
         if files_of(path) != trial.files:
             raise StageFailed("not the file that was measured", where=path, remedy="run again with --no-resume")
         made = Made(
@@ -315,21 +317,46 @@ def fit(
             workshop.companions(candidate),
             workshop.plan(candidate, proposal.shape),
             workshop.vocabulary_plan(candidate),
+            None if candidate.dense else workshop.identity(candidate),
         )
         tuned = _tuned(path, candidate, there, settings, progress) if profile.at_hand and settings.tune else None
         write_bundle(result, candidate, trial, made, out / folder, tuned)
+    _keep_checkpoints(workshop, [candidate for candidate, _ in bundles.values() if not candidate.dense], progress)
+    if progress:
+        progress("asking the dense model and the chosen file", 0, 0)
+    samples = side_by_side(
+        source,
+        model_hash,
+        workshop.export(winner[0]),
+        winner[0].target.runtime,
+        n_ctx=budget.context,
+        stop=proposal.shape.eos,
+        stop_chosen=read_json(result.best / "bundle.json")["eos_token_ids"],
+        threads=settings.threads,
+    )
     record = fit_record(
         result,
         model_hash=model_hash,
         calibration={"source": calibration.source, "sha256": calibration.hash, "tokens": calibration.tokens},
         plan=workshop.vocabulary_plan(result.chosen),
         options=settings,
+        samples=samples,
         seconds=time.monotonic() - started,
     )
     write_json(out / "fit.json", record)
     write_report(result, record)
     workshop.clean()
     return result
+
+
+def _keep_checkpoints(workshop: Workshop, pruned: Sequence[Candidate], progress: Progress | None) -> None:
+    """Of all checkpoints that were made keep those of what ships: other formats are exported from them later."""
+    kept = {workshop.checkpoint(candidate, progress, alone=False) for candidate in pruned}
+    for folder in workshop.checkpoints.glob("*"):
+        if folder not in kept:
+            shutil.rmtree(folder)
+    if not kept:
+        shutil.rmtree(workshop.checkpoints, ignore_errors=True)
 
 
 def _tuned(path: Path, candidate: Candidate, there: Place, settings: FitOptions, progress: Progress | None) -> Tuned:

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +151,7 @@ def fit_record(
     calibration: dict[str, Any],
     plan: VocabularyPlan | None,
     options: FitOptions,
+    samples: Sequence[dict[str, str]],
     seconds: float,
 ) -> dict[str, Any]:
     """The record of a whole run, `fit.json`: everything that was considered, measured and chosen, and on what."""
@@ -184,6 +185,7 @@ def fit_record(
         "candidates": candidates,
         "chosen": result.chosen.name,
         "verdict": result.verdict,
+        "samples": list(samples),
         "stopped_early": len(result.trials) < len(proposal.to_measure),
         "environment": environment(),
         "commands": {"again": _command(result, options)},

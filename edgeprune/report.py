@@ -12,22 +12,13 @@ from edgeprune.judging import distance_interval, has_kl
 from edgeprune.metrics import Interval
 from edgeprune.quality import Quality
 from edgeprune.record import Trial
+from edgeprune.report_chart import pareto_front
+from edgeprune.report_page import PAGE, write_page
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitResult
 
 PLOT = "pareto.png"
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats in both: first coordinate larger is better, second smaller."""
-    order = sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1]))
-    front, best = [], float("inf")
-    for i in order:
-        if points[i][1] < best:
-            best = points[i][1]
-            front.append(i)
-    return front
 
 
 def write_plot(
@@ -203,7 +194,7 @@ def _vocabulary_section(record: dict[str, Any]) -> list[str]:
 
 
 def write_report(result: FitResult, record: dict[str, Any]) -> None:
-    """Write `report.md` and the plot into the run's folder."""
+    """Write `report.md` with its plot, and `report.html`, into a run's folder with fit.json and `best`."""
     proposal, budget = result.proposal, result.proposal.budget
     plot = result.out / PLOT
     write_plot(result.trials, result.chosen, result.judged_on.nll, budget.min_tokens_per_s, proposal.profile.name, plot)
@@ -277,4 +268,15 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         sections.insert(2, "Pruning costs these tensors their type: " + "; ".join(result.chosen.notes) + ".")
     if record["stopped_early"]:
         sections.insert(2, "Stopped by `--max-time` before every candidate worth measuring was measured.")
+    sections += _samples(record)
     write_text(result.out / "report.md", "\n\n".join(sections) + "\n")
+    write_page([result.out], result.out / PAGE)
+
+
+def _samples(record: dict[str, Any]) -> list[str]:
+    """What the dense model and the chosen file say to the same questions, in Markdown."""
+    lines = ["## What it says"]
+    for sample in record["samples"]:
+        lines.append(f"**{sample['question']}**")
+        lines += [f"{who}:\n\n> " + sample[who].strip().replace("\n", "\n> ") for who in ("dense", "chosen")]
+    return lines

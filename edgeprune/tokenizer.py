@@ -226,7 +226,8 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[t
     return [(left, right) for _, _, _, left, right in sorted(found)]
 
 
-def _adds(file: GgufFile, *, sentencepiece: bool) -> tuple[bool, bool]:
+def adds_special(file: GgufFile, *, sentencepiece: bool) -> tuple[bool, bool]:
+    """Whether llama.cpp puts BOS before, and EOS after, every text of a file."""
     default = sentencepiece
     if not sentencepiece:
         default = pre_tokenizer(file.get("tokenizer.ggml.pre", str, "default"), where=file.path).add_bos
@@ -238,7 +239,7 @@ def _adds(file: GgufFile, *, sentencepiece: bool) -> tuple[bool, bool]:
 
 def _add_special_template(file: GgufFile, tokenizer: Tokenizer, tokens: list[str], *, sentencepiece: bool) -> None:
     ids = special_ids(file)
-    add_bos, add_eos = _adds(file, sentencepiece=sentencepiece)
+    add_bos, add_eos = adds_special(file, sentencepiece=sentencepiece)
     used = [role for role, add in (("bos", add_bos), ("eos", add_eos)) if add]
     if missing := [role for role in used if role not in ids]:
         raise BadInput(f"{missing[0]} is to be added but has no id", where=file.path)

@@ -59,10 +59,12 @@ class Workshop:
         context: int,
         make: Make,
         texts: TextSet,
+        checkpoints: Path | None = None,
     ) -> None:
         self.make = make
         self.texts = texts
         self.folder = folder
+        self.checkpoints = checkpoints or folder / "checkpoints"  # of pruned candidates
         self.source = source
         self.reference = reference
         self.threads = threads
@@ -73,27 +75,45 @@ class Workshop:
 
     def export(self, candidate: Candidate, progress: Progress | None = None) -> Path:
         """The exported file or folder of a candidate, made at first use."""
-        out = self.folder / (_stem(candidate) + candidate.target.format.suffix)
+        out = self.folder / (self._stem(candidate) + candidate.target.format.suffix)
         if out.exists():
             return out
         scratch = self._scratch(candidate)
-        checkpoint = self.source
+        checkpoint = self.checkpoint(candidate, progress)
+        scratch.mkdir(parents=True, exist_ok=True)
         if not candidate.dense:
-            checkpoint = scratch / "checkpoint"
-            if not checkpoint.exists():
-                # Candidates come plan by plan: one is on disk at a time, and the source's, which many share.
-                for old in self.folder.glob("plan-*"):
-                    if old not in (scratch, self.folder / "plan-dense"):
-                        shutil.rmtree(old)
-                self.make(candidate, checkpoint, progress)
             shutil.copyfile(checkpoint / PLAN_FILE, self._plan_file(candidate))
             if candidate.vocabulary:
                 with atomic_folder(self._beside(candidate)) as kept:
                     copy_companions(checkpoint, kept)
-        scratch.mkdir(parents=True, exist_ok=True)
         if candidate.target.needs_imatrix:
             provide_imatrix(checkpoint, scratch / IMATRIX, texts=self.texts)
         return candidate.target.format.export(checkpoint, out, candidate.target.quantisation, scratch, self.threads)
+
+    def checkpoint(self, candidate: Candidate, progress: Progress | None = None, *, alone: bool = True) -> Path:
+        """The checkpoint that a candidate is exported from, made at first use.
+
+        Args:
+            alone: what was made of earlier candidates by scores goes: there are many, and one is cut in seconds.
+        """
+        if candidate.dense:
+            return self.source
+        folder = self.checkpoints / self.identity(candidate)
+        if not folder.exists():
+            # Candidates come plan by plan: what one needed on the way goes when the next begins.
+            keep = (self._scratch(candidate), self.folder / "plan-dense")
+            for old in self.folder.glob("plan-*"):
+                if old not in keep:
+                    shutil.rmtree(old)
+            if alone and isinstance(candidate.plan, PrunePlan):
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.make(candidate, folder, progress)
+        return folder
+
+    def identity(self, candidate: Candidate) -> str:
+        """Names the weights of a pruned candidate, whatever they are exported to."""
+        depends = [candidate.plan_hash, self.reference.name, self.texts.hash, candidate.recovery_s]
+        return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
 
     def plan(self, candidate: Candidate, shape: ModelShape) -> PrunePlan:
         """What an exported candidate keeps; `shape` is the dense model's."""
@@ -110,10 +130,14 @@ class Workshop:
         return VocabularyPlan.load(self._beside(candidate) / VOCABULARY_PLAN) if candidate.vocabulary else None
 
     def _plan_file(self, candidate: Candidate) -> Path:
-        return self.folder / f"{_stem(candidate)}.plan.json"
+        return self.folder / f"{self._stem(candidate)}.plan.json"
 
     def _beside(self, candidate: Candidate) -> Path:
-        return self.folder / f"{_stem(candidate)}.companions"
+        return self.folder / f"{self._stem(candidate)}.companions"
+
+    def _stem(self, candidate: Candidate) -> str:
+        """Begins the name of all that is made of a candidate; another plan of the same name is another file."""
+        return candidate.name if candidate.dense else f"{candidate.name}-{self.identity(candidate)[:8]}"
 
     @cached_property
     def _texts_of_windows(self) -> list[str]:
@@ -159,11 +183,8 @@ class Workshop:
         return candidate.settings if self.bench else {}
 
     def _scratch(self, candidate: Candidate) -> Path:
-        """What a candidate's plan is made in: the checkpoint and the unquantised file."""
-        if candidate.dense:
-            return self.folder / "plan-dense"
-        recovered = f"-{candidate.recovery_s:g}" if candidate.recovery_s else ""
-        return self.folder / f"plan-{candidate.plan_hash[:16]}{recovered}"
+        """What exporting needs on the way: the unquantised file, the importance matrix."""
+        return self.folder / ("plan-dense" if candidate.dense else f"plan-{self.identity(candidate)}")
 
     def measure(self, candidate: Candidate, key: str, progress: Progress | None) -> Trial:
         """Export and measure one candidate. A failure is a result, with its reason; wrong input is raised."""
@@ -208,11 +229,6 @@ class Workshop:
     def clean(self) -> None:
         """Remove everything that was made on the way."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _stem(candidate: Candidate) -> str:
-    """Begins the name of all that is made of a candidate; another plan of the same name is another file."""
-    return candidate.name if candidate.dense else f"{candidate.name}-{candidate.plan_hash[:8]}"
 
 
 def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:

@@ -7,11 +7,14 @@ onnxruntime-genai. All widths are read from each layer's own tensors, so layers 
 leaves them without cache inputs, or the MLP.
 
 The graph has one input more, `LOGITS_FROM`, with a default value: the first position whose logits are computed. Callers
-that do not know it get `LOGITS_DEFAULT`; ours asks for the last position only, or for all, call by call.
+that do not know it get `LOGITS_DEFAULT`; ours asks for the last position only, or for all, call by call. Graphs for
+transformers.js have `LOGITS_KEPT` in its place: how many positions, from the last, 0 for all; without a default, for
+that library only looks at inputs that have none.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -30,10 +33,27 @@ from edgeprune.export.widths import layer_shapes
 from edgeprune.files import atomic_folder
 from edgeprune.shape import LayerShape, ModelShape
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
-LOGITS_FROM = "logits_from"
+LOGITS_FROM, LOGITS_KEPT = "logits_from", "num_logits_to_keep"
 LOGITS_DEFAULT = 0
 MAX_CONTEXT = 8192  # positions in the rotary tables unless more are asked for
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a loader wants its graph.
+
+    Attributes:
+        model: name of the graph's file.
+        data: name of the file with its weights.
+        logits: the input that says which logits are computed.
+        fused_gather: whether a quantised embedding is looked up by ONNX Runtime's own operator. Its build for browsers
+            with WebGPU has that only on the GPU (1.31, tried).
+    """
+
+    model: str = "model.onnx"
+    data: str = "model.onnx.data"
+    logits: str = LOGITS_FROM
+    fused_gather: bool = True
 
 
 def export_onnx(
@@ -51,6 +71,29 @@ def export_onnx(
         BadInput: an unknown precision, a folder that is no checkpoint, tensors that do not fit each other, or a head
             size that ONNX Runtime's attention does not take.
     """
+    with atomic_folder(out) as temporary:
+        shape, context = write_graph(folder, temporary, precision=precision, shape=shape, context=context)
+        write_bundle(Checkpoint(folder), shape, temporary, context=context)
+    return out
+
+
+def write_graph(
+    folder: Path,
+    out: Path,
+    *,
+    precision: str,
+    layout: Layout | None = None,
+    shape: ModelShape | None = None,
+    context: int | None = None,
+) -> tuple[ModelShape, int]:
+    """Write the graph of the checkpoint `folder` and its weights, alone, into the folder `out`.
+
+    Args and errors are those of `export_onnx`; `layout` is by default onnxruntime-genai's.
+
+    Returns:
+        The shape with each layer's own widths, and the context.
+    """
+    layout = layout or Layout()
     if precision not in PRECISIONS:
         raise unknown("ONNX precision", precision, PRECISIONS)
     checkpoint = Checkpoint(folder)
@@ -66,29 +109,27 @@ def export_onnx(
         )
     check_heads(shape, where=folder)
     shape = shape.with_layers(layer_shapes(checkpoint, shape))
-    with atomic_folder(out) as temporary:
-        with Store(temporary, DATA) as store:
-            nodes = Nodes(checkpoint, PRECISIONS[precision], store)
-            model = _Decoder(nodes, shape).model(context)
-        ir.save(model, temporary / MODEL)
-        write_bundle(checkpoint, shape, temporary, context=context)
-    return out
+    with Store(out, layout.data) as store:
+        nodes = Nodes(checkpoint, PRECISIONS[precision], store)
+        model = _Decoder(nodes, shape, layout).model(context)
+    ir.save(model, out / layout.model)
+    return shape, context
 
 
 class _Decoder:
     """Builds the graph's nodes in order; hidden states are (batch, sequence, hidden) float32 throughout."""
 
-    def __init__(self, nodes: Nodes, shape: ModelShape) -> None:
-        self.nodes, self.shape = nodes, shape
+    def __init__(self, nodes: Nodes, shape: ModelShape, layout: Layout) -> None:
+        self.nodes, self.shape, self.layout = nodes, shape, layout
 
     def model(self, context: int) -> ir.Model:
         """The whole model."""
         family, nodes = self.shape.family, self.nodes
         ids = tensor_value("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
         mask = tensor_value("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
-        logits_from = nodes.integers(LOGITS_FROM, LOGITS_DEFAULT)
+        selector, first = self._first_logits()
         attention = Attention(nodes, self.shape, mask, context=context)
-        tables = Tables(nodes, self.shape)
+        tables = Tables(nodes, self.shape, fused_gather=self.layout.fused_gather)
 
         residual, branch = tables.embed(ids), None
         layer_of = self._parallel_layer if family.parallel else self._layer
@@ -98,11 +139,11 @@ class _Decoder:
         normed, _ = add_and_norm(nodes, self.shape, residual, branch, path, family.final_norm, keep_sum=False)
 
         bounds = [nodes.integers(f"logits/{key}", value) for key, value in (("end", 1 << 62), ("axis", 1))]
-        logits = tables.logits(nodes.node("Slice", [normed, logits_from, *bounds], name="/logits/Slice"))
+        logits = tables.logits(nodes.node("Slice", [normed, first, *bounds], name="/logits/Slice"))
         logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(["batch_size", "logits_length", tables.vocab])
         graph = ir.Graph(
-            [ids, mask, *attention.pasts, logits_from],
+            [ids, mask, *attention.pasts, selector],
             [logits, *attention.presents],
             nodes=nodes.nodes,
             initializers=nodes.store.initializers,
@@ -110,6 +151,15 @@ class _Decoder:
             name=family.name,
         )
         return ir.Model(graph, ir_version=10, producer_name="edgeprune")
+
+    def _first_logits(self) -> tuple[ir.Value, ir.Value]:
+        """The input that selects logits, and the first position that it selects, (1,): negative counts from the end."""
+        if self.layout.logits == LOGITS_FROM:
+            selector = self.nodes.integers(LOGITS_FROM, LOGITS_DEFAULT)
+            return selector, selector
+        selector = tensor_value(self.layout.logits, ir.DataType.INT64, [])
+        count = self.nodes.node("Reshape", [selector, self.nodes.integers("one_value", 1)], name="/logits/count")
+        return selector, self.nodes.node("Neg", [count], name="/logits/first")  # none kept is -0: all of them
 
     # A layer takes the residual and what is to be added to it, None for nothing, and gives the same: the addition is
     # left to the next norm, which does it in the same kernel. A part that the layer lacks leaves no node.

@@ -15,13 +15,15 @@ class Tables:
     Args:
         nodes: where the nodes go.
         shape: the model's constants.
+        fused_gather: look rows of a quantised embedding up by ONNX Runtime's own operator, not by ONNX's.
 
     Raises:
         BadInput: the embedding does not have one hidden state a row.
     """
 
-    def __init__(self, nodes: Nodes, shape: ModelShape) -> None:
+    def __init__(self, nodes: Nodes, shape: ModelShape, *, fused_gather: bool = True) -> None:
         self.nodes, self.shape, self.bits = nodes, shape, nodes.precision.table_bits
+        self._fused_gather = fused_gather
         self._name = f"{shape.family.embedding}.weight"
         table = nodes.checkpoint.tensor(self._name)
         if table.ndim != 2 or table.shape[1] != shape.hidden:
@@ -39,7 +41,8 @@ class Tables:
         """Hidden states (batch, sequence, hidden) of token ids (batch, sequence), scaled where the family does."""
         nodes, path = self.nodes, f"/{self.shape.family.embedding}"
         if isinstance(self._stored, tuple):
-            embedded = self._gather_quantised(ids, self._stored, path)
+            gather = self._gather_fused if self._fused_gather else self._gather_plain
+            embedded = self._whole_blocks(gather(ids, self._stored, path), self._stored, path)
         else:
             embedded = nodes.node("Gather", [self._stored, ids], name=f"{path}/Gather")
             embedded = nodes.widened(embedded, f"{path}/Cast")
@@ -72,7 +75,7 @@ class Tables:
         product = nodes.node("FusedMatMul", [x, wide], {"transB": 1}, MICROSOFT, name=f"{path}/MatMul")
         return product if bias is None else nodes.node("Add", [product, bias], name=f"{path}/Add")
 
-    def _gather_quantised(self, ids: ir.Value, weight: Quantised, path: str) -> ir.Value:
+    def _gather_fused(self, ids: ir.Value, weight: Quantised, path: str) -> ir.Value:
         """Rows of a quantised table, which must have two dimensions here and has three in a matrix product."""
         nodes, block = self.nodes, self.nodes.precision.block
         codes, scales, zeros = weight
@@ -80,16 +83,61 @@ class Tables:
         flat = nodes.store.alias(f"{codes.name}.rows", codes, (rows, blocks * width))
         if not self.shape.tied:
             nodes.store.initializers.remove(codes)
-        embedded = nodes.node(
+        return nodes.node(
             "GatherBlockQuantized",
             [flat, ids, scales, zeros],
             {"bits": self.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1},
             MICROSOFT,
             name=f"{path}/Gather",
         )
-        if blocks * block == self.shape.hidden:
+
+    def _gather_plain(self, ids: ir.Value, weight: Quantised, path: str) -> ir.Value:
+        """The same rows by ONNX's own operators: codes, scales and zero points gathered, then (code - zero) * scale."""
+        nodes = self.nodes
+        codes, scales, zeros = weight
+        _, blocks, _ = codes.const_value.shape.numpy()
+        last = nodes.integers(f"{path[1:]}/last", -1)
+        levels = self._unpacked(nodes.node("Gather", [codes, ids], name=f"{path}/codes"), f"{path}/codes")
+        if zeros is None:
+            zero = nodes.floats(f"{path[1:]}/zero", 1 << ((self.bits or 0) - 1))
+        else:
+            packed = self._unpacked(nodes.node("Gather", [zeros, ids], name=f"{path}/zeros"), f"{path}/zeros")
+            zero = nodes.node(
+                "Unsqueeze", [self._cut(packed, blocks, f"{path}/zeros"), last], name=f"{path}/zeros/column"
+            )
+        scale = nodes.node("Gather", [scales, ids], name=f"{path}/scales")
+        scale = nodes.node("Unsqueeze", [scale, last], name=f"{path}/scales/column")
+        values = nodes.node(
+            "Mul", [nodes.node("Sub", [levels, zero], name=f"{path}/Sub"), scale], name=f"{path}/Scaled"
+        )
+        flat = nodes.integers(f"{path[1:]}/flat", 0, 0, -1)
+        return nodes.node("Reshape", [values, flat], name=f"{path}/Flat")
+
+    def _unpacked(self, packed: ir.Value, path: str) -> ir.Value:
+        """Codes as float32, the last dimension twice as long where a byte holds two, the low half first."""
+        nodes = self.nodes
+        whole = nodes.node("Cast", [packed], {"to": ir.DataType.FLOAT}, name=f"{path}/Cast")
+        if self.bits == 8:
+            return whole
+        sixteen = nodes.floats(f"{path[1:]}/sixteen", 16.0)
+        last = nodes.integers(f"{path[1:]}/last", -1)
+        high = nodes.node("Floor", [nodes.node("Div", [whole, sixteen], name=f"{path}/Div")], name=f"{path}/High")
+        low = nodes.node("Sub", [whole, nodes.node("Mul", [high, sixteen], name=f"{path}/Mul")], name=f"{path}/Low")
+        halves = [nodes.node("Unsqueeze", [half, last], name=f"{half.producer().name}/column") for half in (low, high)]
+        pairs = nodes.node("Concat", halves, {"axis": -1}, name=f"{path}/Pairs")
+        # (..., n, 2) to (..., 2 n): three dimensions stay before codes of blocks, two before zero points
+        kept = 3 if path.endswith("codes") else 2
+        return nodes.node("Reshape", [pairs, nodes.integers(f"{path[1:]}/row", *[0] * kept, -1)], name=f"{path}/Row")
+
+    def _whole_blocks(self, embedded: ir.Value, weight: Quantised, path: str) -> ir.Value:
+        """Rows without the padding of their last block."""
+        _, blocks, _ = weight[0].const_value.shape.numpy()
+        if blocks * self.nodes.precision.block == self.shape.hidden:
             return embedded
-        # The last block of a row is padded
-        limits = (("start", 0), ("end", self.shape.hidden), ("axis", 2))
-        bounds = [nodes.integers(f"{path[1:]}/{key}", value) for key, value in limits]
-        return nodes.node("Slice", [embedded, *bounds], name=f"{path}/Slice")
+        return self._cut(embedded, self.shape.hidden, path)
+
+    def _cut(self, value: ir.Value, length: int, path: str) -> ir.Value:
+        """The first `length` entries of (batch, sequence, ...)."""
+        limits = (("start", 0), ("end", length), ("axis", 2))
+        bounds = [self.nodes.integers(f"{path[1:]}/{key}", limit) for key, limit in limits]
+        return self.nodes.node("Slice", [value, *bounds], name=f"{path}/Slice")

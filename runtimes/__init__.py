@@ -21,7 +21,7 @@ RUNTIMES: dict[str, tuple[str, str]] = {
 
 
 def runtime_for(path: Path) -> str:
-    """The name of the runtime that loads `path`: a .gguf file, a folder with an ONNX model, or a checkpoint folder.
+    """The name of the runtime that loads `path`: a .gguf or .onnx file, a folder with one or a checkpoint folder.
 
     Raises:
         BadInput: there is no such path, or no runtime loads it.
@@ -30,13 +30,17 @@ def runtime_for(path: Path) -> str:
         raise BadInput("no such file or folder", where=path)
     if path.is_file() and path.suffix == ".gguf":
         return "llamacpp"
+    if path.is_file() and path.suffix == ".onnx":
+        return "onnxruntime"
     if path.is_dir():
         if (path / "model.onnx").is_file():
             return "onnxruntime"
         if (path / "config.json").is_file():
             return "pytorch"
     raise BadInput(
-        "not a model", where=path, remedy="give a .gguf file, a folder with model.onnx, or a Hugging Face folder"
+        "not a model",
+        where=path,
+        remedy="give a .gguf or .onnx file, a folder with model.onnx, or a Hugging Face folder",
     )
 
 

@@ -38,6 +38,7 @@ from edgeprune.runtimes import RUNTIMES, runtime_class, runtime_for, settings_op
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.conditions import Gate
 from edgeprune.runtimes.isolate import Execute, Outcome, Status, run_isolated
+from edgeprune.runtimes.onnx_file import model_file
 from edgeprune.runtimes.records import Record, statistics
 from edgeprune.runtimes.repeat import repeat, sustain
 from edgeprune.runtimes.settings import Value
@@ -376,10 +377,11 @@ def check_peak(peak_mib: float | None, size: int, path: Path) -> None:
 
 def weight_bytes(path: Path) -> int:
     """Bytes of the files that hold the weights of what `open_runtime` loads."""
-    if path.is_file():
+    if path.is_file() and path.suffix != ".onnx":
         return path.stat().st_size
-    pattern = "model.onnx*" if (path / "model.onnx").is_file() else "*.safetensors"
-    return sum(file.stat().st_size for file in path.glob(pattern))
+    graph = model_file(path)
+    files = graph.parent.glob(f"{graph.name}*") if graph.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def cpu_info() -> str:

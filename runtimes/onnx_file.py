@@ -104,7 +104,7 @@ class LayerWidths:
 
 @dataclass(frozen=True)
 class OnnxSummary:
-    """What is in an ONNX folder.
+    """What is in an ONNX model.
 
     `file_bytes` counts the graph and every external file once; initializers may share bytes, so theirs can sum to more.
     `positions` is the rows of the rotary tables, the longest context; None where the graph has none.
@@ -127,8 +127,13 @@ class _Found:
     nodes: list[Node] = field(default_factory=list)
 
 
-def check_onnx(folder: Path) -> None:
-    """Refuse an ONNX folder whose graph asks for data outside of it.
+def model_file(path: Path) -> Path:
+    """The graph of an ONNX model named by its folder or by itself."""
+    return path if path.suffix == ".onnx" and not path.is_dir() else path / MODEL
+
+
+def check_onnx(path: Path) -> None:
+    """Refuse an ONNX model, named by its folder or its graph, whose graph asks for data outside of the folder.
 
     Every external `location` must be the bare name of a regular file in the folder, no link, and offset and length
     must lie inside that file and agree with the tensor's type and dimensions.
@@ -136,15 +141,16 @@ def check_onnx(folder: Path) -> None:
     Raises:
         BadInput: it does not, or `model.onnx` is absent, a link, or no valid protobuf.
     """
-    _checked(folder)
+    _checked(model_file(path))
 
 
-def summary(folder: Path) -> OnnxSummary:
-    """What is in an ONNX folder, after the checks of `check_onnx`; raises `BadInput` as it does."""
-    found = _checked(folder)
+def summary(path: Path) -> OnnxSummary:
+    """What is in an ONNX model, after the checks of `check_onnx`; raises `BadInput` as it does."""
+    path = model_file(path)
+    found = _checked(path)
     operators = dict(Counter(node.operator for node in found.nodes).most_common())
     external = {tensor.location for tensor in found.tensors if tensor.location is not None}
-    size = (folder / MODEL).stat().st_size + sum((folder / name).stat().st_size for name in external)
+    size = path.stat().st_size + sum((path.parent / name).stat().st_size for name in external)
     initializers = {tensor.name: tensor for tensor in found.initializers}
     return OnnxSummary(
         _precision(found),
@@ -156,10 +162,9 @@ def summary(folder: Path) -> OnnxSummary:
     )
 
 
-def _checked(folder: Path) -> _Found:
-    path = folder / MODEL
+def _checked(path: Path) -> _Found:
     if not path.is_file() or path.is_symlink():
-        raise BadInput(f"no {MODEL}", where=folder, remedy="give a folder with a model.onnx that is no link")
+        raise BadInput(f"no {path.name}", where=path.parent, remedy=f"give a folder with a {path.name} that is no link")
     size = path.stat().st_size
     if not 0 < size < _SIZE_LIMIT:
         raise BadInput(f"{size} bytes are no ONNX graph", where=path, remedy="export the model again")
@@ -172,19 +177,19 @@ def _checked(folder: Path) -> _Found:
             raise BadInput(f"not a valid ONNX file ({error})", where=path, remedy=remedy) from error
     for tensor in found.tensors:
         if tensor.location is not None:
-            _check_external(folder, tensor)
+            _check_external(path, tensor)
     return found
 
 
-def _check_external(folder: Path, tensor: Tensor) -> None:
-    where, location = folder / MODEL, str(tensor.location)
+def _check_external(where: Path, tensor: Tensor) -> None:
+    location = str(tensor.location)
     if location in ("", ".", "..") or any(character in location for character in "/\\:\0"):
         raise BadInput(
             f"tensor {tensor.name!r} wants data from {location!r}, outside the model's folder",
             where=where,
-            remedy="do not use this file: an honest model keeps its data beside model.onnx",
+            remedy="do not use this file: an honest model keeps its data beside its graph",
         )
-    file = folder / location
+    file = where.parent / location
     try:
         status = file.lstat()
     except OSError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import read_json
 from edgeprune.runtimes.base import Logits, Tokens
-from edgeprune.runtimes.onnx_file import MODEL, summary
+from edgeprune.runtimes.onnx_file import model_file, summary
 from edgeprune.runtimes.settings import Setting, Value, Values, check
 
 try:
@@ -20,7 +20,9 @@ try:
 except ImportError as error:
     raise missing_extra("onnxruntime", "onnx") from error
 
-LOGITS_FROM = "logits_from"  # optional input of our graphs: the first position whose logits are computed
+# Inputs of our graphs: the first position whose logits are computed (optional); or, in graphs for transformers.js, how
+# many of the last ones, 0 for all.
+LOGITS_FROM, LOGITS_KEPT = "logits_from", "num_logits_to_keep"
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -39,13 +41,13 @@ def _here() -> list[str]:
 
 
 class OnnxRuntime:
-    """A folder with `model.onnx`, ours, onnxruntime-genai's or optimum's, on the CPU, with the cache of one sequence.
+    """A decoder as ONNX, ours, onnxruntime-genai's or optimum's, on the CPU, with the cache of one sequence.
 
     Graphs with GroupQueryAttention write new keys and values into buffers of `n_ctx` positions that are allocated
     once: nothing is copied as the cache grows. Other graphs return a longer cache at each step.
 
     Args:
-        path: the folder; it is checked by `onnx_file.check_onnx` before ONNX Runtime sees it.
+        path: a folder with `model.onnx`, or the file; checked by `onnx_file.check_onnx` before ONNX Runtime sees it.
         n_ctx: positions of the cache.
         threads: threads of one operator (`intra_op_num_threads`).
         settings: values of `SETTINGS`.
@@ -95,10 +97,13 @@ class OnnxRuntime:
         self._mask = np.ones((1, n_ctx), np.int64)
         self._positions = np.arange(n_ctx, dtype=np.int64)[None] if "position_ids" in inputs else None
         self._last = np.empty((1, 1, self.n_vocab), np.float32)
-        self._trims = LOGITS_FROM in {item.name for item in self._session.get_overridable_initializers()}
-        self._from = np.zeros(1, np.int64)
+        optional = {item.name for item in self._session.get_overridable_initializers()}
+        # What the selecting input is told for all logits is 0, and this for the last one's.
+        selector, self._last_only = (LOGITS_KEPT, 1) if LOGITS_KEPT in inputs else (LOGITS_FROM, -1)
+        self._trims = selector in inputs.keys() | optional
+        self._selected = np.zeros((1,) if selector == LOGITS_FROM else (), np.int64)
         if self._trims:
-            self._bind(LOGITS_FROM, self._from)
+            self._bind(selector, self._selected)
         if self._in_place:
             for name, buffer in self._cache.items():
                 self._bind(name, buffer)
@@ -126,7 +131,7 @@ class OnnxRuntime:
         if self._positions is not None:
             self._bind("position_ids", self._positions[:, self.n_past : stop])
         one = count == 1 or (last_only and self._trims)
-        self._from[0] = -1 if last_only else 0
+        self._selected[...] = self._last_only if last_only else 0
         logits = self._last if one else np.empty((1, count, self.n_vocab), np.float32)
         self._bind("logits", logits, output=True)
         if self._in_place:
@@ -184,7 +189,10 @@ class OnnxRuntime:
                 import tokenizers
             except ImportError as error:
                 raise missing_extra("tokenizers", "onnx") from error
-            file = self.path / "tokenizer.json"
+            folder = model_file(self.path).parent
+            file = folder / "tokenizer.json"
+            if folder.name == "onnx" and not file.is_file():  # where transformers.js wants its graphs
+                file = folder.parent / "tokenizer.json"
             if not file.is_file():
                 raise BadInput("no tokenizer.json", where=self.path, remedy="copy the model's tokenizer.json there")
             try:
@@ -205,12 +213,12 @@ def _open(path: Path, threads: int, settings: Values) -> Any:
     provider = PROVIDERS[str(settings["provider"])]
     try:
         session = onnxruntime.InferenceSession(
-            str(path / MODEL), options, providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
+            str(model_file(path)), options, providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
         )
     except Exception as error:  # its exceptions have no common base but this one
-        raise BadInput(f"ONNX Runtime cannot load it ({error})", where=path / MODEL) from error
+        raise BadInput(f"ONNX Runtime cannot load it ({error})", where=model_file(path)) from error
     if provider not in session.get_providers():  # it falls back to the processor with a warning
-        raise BadInput(f"ONNX Runtime cannot use {provider} here", where=path / MODEL, remedy="see edgeprune doctor")
+        raise BadInput(f"ONNX Runtime cannot use {provider} here", where=path, remedy="see edgeprune doctor")
     return session
 
 

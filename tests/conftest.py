@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are imported
@@ -15,10 +16,17 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.devices import Budget, load_profile
 from edgeprune.fetch import demo_model
+from edgeprune.fitting import fit
 from edgeprune.models import Model, load
+from edgeprune.proposal import propose
+from edgeprune.targets import target_for
 
 torch.set_num_threads(2)
+
+RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)  # tried by fits in tests
 
 SENTENCES = [
     "The kettle sings before the water boils, and nobody listens.",
@@ -31,6 +39,14 @@ SENTENCES = [
 ]
 
 
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|start|>system\nBe brief.<|end|>\n' }}{% endif %}"
+    "{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Caches and settings of the tests are their own; what takes minutes to get or make stays where it is."""
@@ -38,7 +54,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.mktemp("user")
     cache = base / "cache"
     cache.mkdir()
-    for name in ("wheels", "models", "arm-board"):
+    for name in ("wheels", "models", "arm-board", "npm"):
         (wheels / name).mkdir(parents=True, exist_ok=True)
         (cache / name).symlink_to(wheels / name)
     os.environ["EDGEPRUNE_CACHE"] = str(cache)
@@ -121,12 +137,61 @@ def demo_gguf() -> Path:
     return demo_model("demo")
 
 
+def shorten(patch: pytest.MonkeyPatch, trials: Path) -> None:
+    """Let `fit` take few and short texts; trials of dense models are kept in `trials`."""
+    patch.setattr("edgeprune.rounds.dense_trials", lambda: trials)
+    for module in ("edgeprune.fitting", "edgeprune.pruning"):
+        patch.setattr(f"{module}.CALIBRATION_TEXTS", 4)
+        patch.setattr(f"{module}.CALIBRATION_LENGTH", 32)
+    patch.setattr("edgeprune.fitting.HELD_OUT_WINDOWS", 3)
+    patch.setattr("edgeprune.fitting.HELD_OUT_LENGTH", 32)
+
+
 @pytest.fixture
 def short_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`fit` on few and short texts, for tests of the way through, not of figures. No test sees another's trials."""
-    monkeypatch.setattr("edgeprune.rounds.dense_trials", lambda: tmp_path / "dense-trials.jsonl")
-    for module in ("edgeprune.fitting", "edgeprune.pruning"):
-        monkeypatch.setattr(f"{module}.CALIBRATION_TEXTS", 4)
-        monkeypatch.setattr(f"{module}.CALIBRATION_LENGTH", 32)
-    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_WINDOWS", 3)
-    monkeypatch.setattr("edgeprune.fitting.HELD_OUT_LENGTH", 32)
+    shorten(monkeypatch, tmp_path / "dense-trials.jsonl")
+
+
+def speed_between(folder: Path, ratio_fast: float, quantisation: str, context: int) -> Budget:
+    """A budget that dense misses and the model pruned by `ratio_fast` meets."""
+    shape, profile = Checkpoint(folder).shape, load_profile("rpi5")
+    proposal = propose("m", shape, profile, Budget(context=context), [target_for(quantisation)], ratios=RATIOS)
+    near = min(proposal.candidates, key=lambda c: abs(c.plan.reached_ratio - ratio_fast))
+    assert not near.dense
+    return Budget(min_tokens_per_s=near.cost.decode_tps.value * 0.999, context=context)
+
+
+def _fit(folder: Path, base: Path, **options: Any) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch, base / "dense-trials.jsonl")
+        fit(folder, "rpi5", speed_between(folder, 0.3, "Q8_0", 128), out=base / "run", threads=2, **options)
+    return base / "run"
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a chat template and a licence."""
+    folder = save_llama(
+        tmp_path_factory.mktemp("shipping") / "llama",
+        intermediate_size=512,
+        max_position_embeddings=512,
+        eos_token_id=1,
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHATML}))
+    (folder / "LICENSE").write_text("You may.\n")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose layers have widths of their own, with a file for each runtime."""
+    return _fit(chat_model, tmp_path_factory.mktemp("run"), targets=["Q8_0", "int4"], method="obs")
+
+
+@pytest.fixture(scope="session")
+def uniform(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the same widths in every layer, for llama.cpp alone."""
+    return _fit(chat_model, tmp_path_factory.mktemp("uniform"), targets=["Q8_0"], method="amp", ratios=(0.0, 0.3))

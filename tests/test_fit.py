@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import SENTENCES
+from conftest import RATIOS, SENTENCES, speed_between
 
 import edgeprune
 from edgeprune.candidates import Candidate, candidate_of, candidates_for, nearest_miss, worth_measuring
@@ -32,19 +32,7 @@ from edgeprune.rounds import judge_measured
 from edgeprune.search import worth_making
 from edgeprune.targets import default_targets, target_for
 
-RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)
-
-
 pytestmark = pytest.mark.usefixtures("short_fit")
-
-
-def speed_between(folder: Path, ratio_fast: float, quantisation: str, context: int) -> Budget:
-    """A budget that dense misses and the model pruned by `ratio_fast` meets."""
-    shape, profile = Checkpoint(folder).shape, load_profile("rpi5")
-    proposal = propose("m", shape, profile, Budget(context=context), [target_for(quantisation)], ratios=RATIOS)
-    near = min(proposal.candidates, key=lambda c: abs(c.plan.reached_ratio - ratio_fast))
-    assert not near.dense
-    return Budget(min_tokens_per_s=near.cost.decode_tps.value * 0.999, context=context)
 
 
 def run(folder: Path, out: Path, budget: Budget, **options: Any) -> FitResult:

@@ -1,0 +1,133 @@
+"""Commands that hand a model on: `ship`, `verify`, `report`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from edgeprune.cli_look import AsJson
+from edgeprune.cli_measure import Threads
+from edgeprune.errors import BadInput
+from edgeprune.output import Stages, console, print_json, print_table
+
+To = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--to",
+        help="Target, once for each or by commas: gguf, ollama, onnxruntime-genai, transformers.js[:q4,q8,fp16], "
+        "huggingface, android, ios.",
+        show_default=False,
+        metavar="TARGET",
+    ),
+]
+
+
+def targets_of(to: list[str] | None) -> list[str]:
+    """The targets of `--to`, each once. A comma before an option of the target before belongs to that.
+
+    Raises:
+        BadInput: an unknown target.
+    """
+    from edgeprune.errors import unknown
+    from edgeprune.shipping import TARGETS
+
+    names: list[str] = []
+    for word in (word.strip() for text in to or [] for word in text.split(",")):
+        if names and ":" in names[-1] and word in TARGETS[names[-1].partition(":")[0]].options:
+            names[-1] += f",{word}"
+        elif word.partition(":")[0] in TARGETS:
+            names.append(word)
+        else:
+            raise unknown("target", word, TARGETS)
+    return list(dict.fromkeys(names))
+
+
+def ship(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run of fit.")],
+    to: To = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the targets' folders. Default: RUN/ship.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The dense model, if it is no longer where the run has it from.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", help="With huggingface: upload to this repository of the hub.", metavar="OWNER/NAME"),
+    ] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what a run chose as a target wants it, and prove it by loading it."""
+    from edgeprune.shipping import FOLDER, TARGETS
+    from edgeprune.shipping import ship as write
+
+    names = targets_of(to)
+    if not names:
+        print_table("Targets", ("--to", "what it writes"), [[name, each.about] for name, each in TARGETS.items()])
+        raise BadInput("nothing to ship to", remedy="name a target with --to")
+    if push and "huggingface" not in names:
+        raise BadInput("--push uploads what --to huggingface writes", remedy="add --to huggingface")
+    written: dict[str, str] = {}
+    with Stages() as stages:
+        for name in names:
+            folder = (out or run / FOLDER) / name.partition(":")[0]
+            written[name] = str(
+                write(run, name, folder, model=model, threads=threads, say=lambda text: stages(text, 0, 0))
+            )
+        if push:
+            from edgeprune.shipping.to_huggingface import push as upload
+
+            stages(f"uploading to {push}", 0, 0)
+            written["hub"] = upload(Path(written["huggingface"]), push)
+    if as_json:
+        print_json(written)
+        return
+    for name, path in written.items():
+        console.print(f"[green]✓[/] {escape(name):18} {escape(path)}", soft_wrap=True)
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Folder that ship wrote.")],
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a shipped folder: its hashes, that it loads, and that it says what it said when it was shipped."""
+    from edgeprune.shipping import verify as look
+
+    with Stages() as stages:
+        found = look(bundle, threads=threads, say=lambda text: stages(text, 0, 0))
+    if as_json:
+        print_json({"ok": found.ok, **asdict(found)})
+    else:
+        for line in found.changed:
+            console.print(f"[red]✗[/] {escape(line)}", soft_wrap=True)
+        for each in found.verdicts:
+            mark = "[green]✓[/]" if each.ok else "[red]✗[/]"
+            where = "" if each.here else " (on another processor or runtime than when it was shipped)"
+            console.print(f"{mark} {escape(each.path)}: {each.equal} of {each.total} tokens as shipped{where}")
+        if found.ok:
+            console.print("[green]✓[/] every file is the one that was shipped")
+    if not found.ok:
+        raise typer.Exit(4)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    compare: Annotated[bool, typer.Option("--compare", help="All runs on one page.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Page to write. Default: report.html in the run, or here.")
+    ] = None,
+) -> None:
+    """Make the page of a run again, or one page of several runs side by side."""
+    from edgeprune.report_page import PAGE, write_page
+
+    if len(runs) > 1 and not compare:
+        raise BadInput(f"{len(runs)} runs for one page", remedy="add --compare to put them side by side")
+    page = out or (Path(PAGE) if compare else runs[0] / PAGE)
+    write_page(runs, page)
+    console.print(f"written to {page}", soft_wrap=True)

@@ -1,0 +1,188 @@
+"""`report.html`: a run's record as one page that stands alone: no network, light and dark, on a phone too.
+
+Everything on it comes from fit.json and the plan beside the bundle, so it can be made again at any time, and several
+runs can stand side by side. The plot is drawn here rather than by a library: plotly's would be 4.6 MB of script in each
+report, for twenty points.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import BadInput, missing_extra
+from edgeprune.files import read_json, write_text
+from edgeprune.record import SCHEMA_VERSION
+from edgeprune.report_chart import Point, bar, pareto
+
+PAGE = "report.html"
+MIB = 1 << 20
+PROMPT = 512  # tokens before the first one of an answer
+
+Json = Mapping[str, Any]
+
+
+def write_page(runs: Sequence[Path], out: Path) -> None:
+    """Write the page of one run, or of several side by side.
+
+    Raises:
+        BadInput: no run, or one of another version.
+    """
+    views = [view(folder) for folder in runs]
+    write_text(out, _template().render(runs=views, compare=len(views) > 1))
+
+
+@cache
+def _template() -> Any:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise missing_extra("jinja2", "prune") from error
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("edgeprune", "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = number
+    return environment.get_template("report.html.jinja")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` with so many digits that say something, thousands parted; a dash for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0:
+        return "0"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def view(folder: Path) -> dict[str, Any]:
+    """What the page shows of a run.
+
+    Raises:
+        BadInput: no finished run, or one of another version.
+    """
+    record = read_json(folder / "fit.json")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise BadInput("a record of another version", where=folder / "fit.json", remedy="run `edgeprune fit` again")
+    candidates = record["candidates"]
+    chosen = next(each for each in candidates if each["name"] == record["chosen"])
+    dense = next((each for each in candidates if each["plan"]["reached_ratio"] == 0), chosen)
+    measured = [each for each in candidates if each.get("quality")]
+    by_kl = all("kl_nats" in each["quality"] for each in measured)
+    measured.sort(key=lambda each: _distance(each, by_kl=by_kl)["mean"])
+    budget = record["budget"]
+    points = [_point(each, by_kl=by_kl, chosen=each is chosen) for each in measured]
+    plan = folder / "best" / "prune_plan.json"
+    return {
+        "folder": folder.name,
+        "record": record,
+        "chosen": chosen,
+        "title": f"{record['model']['name']} on {record['device']['name']}",
+        "bars": _bars(chosen, budget),
+        "by_kl": by_kl,
+        "points": points,
+        "plot": pareto(points, budget["min_tokens_per_s"]),
+        "rows": [_row(each, by_kl=by_kl, chosen=each is chosen) for each in measured],
+        "failed": [each for each in candidates if each.get("status") not in (None, "ok")],
+        "layers": _layers(read_json(plan)["layers"], dense["plan"]) if plan.is_file() else [],
+        "dense_plan": dense["plan"],
+        "removed": 1 - chosen["plan"]["parameters"] / record["model"]["parameters"],
+        "samples": record.get("samples", []),
+        "files": chosen["files"],
+        "reached": chosen["fits"],
+    }
+
+
+def _distance(candidate: Json, *, by_kl: bool) -> Json:
+    found: Json = candidate["quality"]["kl_nats"] if by_kl else candidate["loss_over_dense_nats"]
+    return found
+
+
+def _speed(candidate: Json) -> tuple[tuple[float, float, float], str]:
+    """Decode in tokens/s, measured on the device where it was there; and which of the two it is."""
+    if tg := candidate.get("speed", {}).get("tg128"):
+        return (tg["median_ts"], tg["low_ts"], tg["high_ts"]), "measured"
+    told = candidate["predicted"]["decode_tps"]
+    return (told["value"], told["low"], told["high"]), "predicted"
+
+
+def label(candidate: Json) -> str:
+    """A candidate in words."""
+    plan = candidate["plan"]
+    share = "dense" if not plan["reached_ratio"] else f"{100 * plan['reached_ratio']:.1f} % pruned"
+    recovered = " and recovered" if plan["recovery_s"] else ""
+    return f"{share}{recovered}, {candidate['quantisation']}"
+
+
+def _point(candidate: Json, *, by_kl: bool, chosen: bool) -> Point:
+    speed, kind = _speed(candidate)
+    far = _distance(candidate, by_kl=by_kl)
+    return Point(
+        label(candidate),
+        candidate["runtime"],
+        speed,
+        kind,
+        (far["mean"], far["low"], far["high"]),
+        candidate["fits"],
+        chosen,
+    )
+
+
+def _bars(chosen: Json, budget: Json) -> list[dict[str, Any]]:
+    speed, kind = _speed(chosen)
+    bars = [bar("decode", "tokens/s", *speed, kind, budget["min_tokens_per_s"], at_least=True)]
+    tests = chosen.get("speed", {}).values()
+    peaks = [test["peak_mib"] for test in tests if test["peak_mib"]]
+    told = chosen["predicted"]["memory_mib"]
+    memory = (max(peaks),) * 3 if peaks else (told["value"], told["low"], told["high"])
+    how = "measured" if peaks else "predicted"
+    bars.append(bar("memory", "MiB", *memory, how, budget["max_memory_mib"], at_least=False))
+    size = sum(file["bytes"] for file in chosen["files"].values()) / MIB
+    bars.append(bar("file", "MiB", size, size, size, "measured", budget["max_file_mib"], at_least=False))
+    if prefill := chosen["predicted"]["prefill_tps"]:
+        first = (PROMPT / prefill["value"], PROMPT / prefill["high"], PROMPT / prefill["low"])
+        bars.append(bar(f"first token after {PROMPT}", "s", *first, "predicted", None, at_least=False))
+    return bars
+
+
+def _row(candidate: Json, *, by_kl: bool, chosen: bool) -> dict[str, Any]:
+    quality = candidate["quality"]
+    speed, kind = _speed(candidate)
+    return {
+        "label": label(candidate),
+        "runtime": candidate["runtime"],
+        "chosen": chosen,
+        "fits": candidate["fits"],
+        # What was asked; what it reaches instead stands in the columns.
+        "reasons": [re.split(", (?:predicted|measured)", reason)[0] for reason in candidate["reasons"]],
+        "speed": speed,
+        "speed_kind": kind,
+        "memory": candidate["predicted"]["memory_mib"],
+        "size": sum(file["bytes"] for file in candidate["files"].values()) / MIB,
+        "distance": _distance(candidate, by_kl=by_kl),
+        "top1": quality.get("top1"),
+        "bits_per_byte": quality["bits_per_byte"],
+    }
+
+
+def _layers(plan: Sequence[Json], dense: Json) -> list[dict[str, Any]]:
+    """For each layer which heads are left and the share of its neurons."""
+
+    def width(key: str, index: int) -> int:
+        widths = dense[key]
+        return int(widths[index] if isinstance(widths, list) else widths)
+
+    return [
+        {
+            "heads": [head in set(layer["heads"]) for head in range(width("heads", index))],
+            "neurons": len(layer["neurons"]),
+            "share": len(layer["neurons"]) / max(1, width("neurons", index)),
+        }
+        for index, layer in enumerate(plan)
+    ]

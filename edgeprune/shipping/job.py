@@ -1,0 +1,96 @@
+"""What the writer of every target gets and gives back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import unknown
+from edgeprune.files import read_json, write_json
+from edgeprune.shipping.run import Bundle, Run, Say
+
+BUNDLE_JSON = "bundle.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something in the written folder that a runtime loads.
+
+    Attributes:
+        path: relative to the folder.
+        runtime: which one.
+    """
+
+    path: str
+    runtime: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shipment.
+
+    Attributes:
+        run: the run it comes from.
+        bundle: the measured bundle that it is, or is made from the weights of.
+        out: the folder to write into; it becomes the target's when all is well.
+        options: what followed the target's name, by commas: "q4" of "transformers.js:q4".
+        threads: of runtimes here.
+        say: told what is being done.
+    """
+
+    run: Run
+    bundle: Bundle
+    out: Path
+    options: tuple[str, ...] = ()
+    threads: int = 1
+    say: Say = field(default=lambda _text: None)
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The checkpoint that the bundle's file was exported from."""
+        return self.run.checkpoint(self.bundle, self.say)
+
+    def copy(self, *names: str, source: Path | None = None) -> list[str]:
+        """Copy files of the bundle, or of another folder, of those names that are there; their names."""
+        there = [name for name in names if ((source or self.bundle.folder) / name).is_file()]
+        for name in there:
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile((source or self.bundle.folder) / name, self.out / name)
+        return there
+
+    def write_bundle_json(self, model_file: str, **more: Any) -> None:
+        """Write what an app has to know, with the name that the model file has in this target."""
+        write_json(self.out / BUNDLE_JSON, {**self.bundle.facts, "model_file": model_file, **more})
+
+    def choose(self, known: Sequence[str]) -> tuple[str, ...]:
+        """The options asked for, which must be among `known`; without any, all of them.
+
+        Raises:
+            BadInput: an option is unknown.
+        """
+        for option in self.options:
+            if option not in known:
+                raise unknown("option of this target", option, known)
+        return self.options or tuple(known)
+
+
+def generation_facts(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's generation_config.json, or its config's special tokens."""
+    path = checkpoint / "generation_config.json"
+    if path.is_file():
+        return read_json(path)
+    config = read_json(checkpoint / "config.json")
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}

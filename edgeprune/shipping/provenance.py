@@ -1,0 +1,62 @@
+"""Where a shipped model comes from: weights, plan, data, versions, and the command that makes it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgeprune.files import write_json, write_text
+from edgeprune.shipping.run import Bundle, Run
+
+PROVENANCE = "provenance.json"
+SCHEMA = 1
+
+
+def provenance(run: Run, bundle: Bundle, target: str) -> dict[str, Any]:
+    """Everything the weights of a bundle depend on; the same for the same run."""
+    record, facts = run.record, bundle.facts
+    return {
+        "schema_version": SCHEMA,
+        "target": target,
+        "base_model": {**record["model"], "licence": facts["licence"]},
+        "plan": facts["plan"],
+        "quantisation": facts["quantisation"],
+        "data": {
+            # Text that the model wrote is under no other terms than the model; what a file's terms are, nothing says.
+            "calibration": _data(record["calibration"]),
+            "recovery": {"seconds": facts["plan"]["recovery_s"], **_data(record["calibration"])}
+            if facts["plan"]["recovery_s"]
+            else None,
+            "tokens_counted_on": facts["tokens_counted_on"],
+            "judged_on": facts["judged_on"],
+        },
+        "made_by": record["environment"],
+        "command": record["commands"]["again"],
+    }
+
+
+def _data(source: dict[str, Any]) -> dict[str, Any]:
+    from edgeprune.calibration import SELF_GENERATED
+
+    own = str(source["source"]).startswith(SELF_GENERATED)
+    return {**source, "licence": "as the base model's: it wrote the text" if own else "not stated"}
+
+
+def write_licence(run: Run, bundle: Bundle, out: Path) -> None:
+    """The base model's LICENSE file where it came with one, else a note that names the licence."""
+    licence, source = bundle.facts["licence"], bundle.folder / "LICENSE"
+    if source.is_file():
+        write_text(out / "LICENSE", source.read_text(encoding="utf-8", errors="replace"))
+        return
+    named = f"under the licence {licence!r}" if licence else "and its files do not say under which licence"
+    write_text(
+        out / "LICENSE",
+        f"This model was made from {run.record['model']['name']}, published {named}.\n"
+        "The terms of that model go on to apply to this one.\n",
+    )
+
+
+def write_provenance(run: Run, bundle: Bundle, target: str, out: Path) -> None:
+    """Write provenance.json and the licence into a target's folder."""
+    write_json(out / PROVENANCE, provenance(run, bundle, target))
+    write_licence(run, bundle, out)

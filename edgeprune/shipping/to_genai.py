@@ -1,0 +1,22 @@
+"""Target `onnxruntime-genai`: the fused graph and its genai_config.json, as that runtime opens it."""
+
+from __future__ import annotations
+
+from edgeprune.errors import BadInput
+from edgeprune.export.onnx_bundle import GENAI_CONFIG
+from edgeprune.export.onnx_graph import Layout
+from edgeprune.shipping.job import TOKENIZER_FILES, Entry, Job
+
+
+def write(job: Job) -> list[Entry]:
+    """The measured graph with its weights, the tokenizer, genai_config.json and bundle.json.
+
+    Raises:
+        BadInput: the run has no genai_config.json.
+    """
+    layout = Layout()
+    copied = job.copy(layout.model, layout.data, GENAI_CONFIG, "config.json", *TOKENIZER_FILES)
+    if GENAI_CONFIG not in copied:
+        raise BadInput(f"no {GENAI_CONFIG}", where=job.bundle.folder, remedy="run `edgeprune fit` again")
+    job.write_bundle_json(layout.model)
+    return [Entry(".", "onnxruntime")]

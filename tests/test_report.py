@@ -1,0 +1,99 @@
+"""The report: what it says is what the record says, at two widths in a real browser, and of several runs at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from edgeprune.cli import app
+from edgeprune.errors import BadInput
+from edgeprune.report_chart import Point, log_ticks, nice_ticks, pareto
+from edgeprune.report_page import number, view
+from edgeprune.samples import QUESTIONS
+
+
+def test_ticks_are_round_and_few() -> None:
+    assert nice_ticks(163) == [0, 50, 100, 150]
+    assert nice_ticks(0.7) == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert log_ticks(0.003, 0.6) == pytest.approx([0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
+    assert log_ticks(0.19, 0.49) == pytest.approx([0.2, 0.3, 0.4])
+    assert log_ticks(1e-5, 10.0) == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10])
+
+
+def test_numbers_read_as_a_person_writes_them() -> None:
+    assert [number(v) for v in (None, 0, 134515008, 0.4462, 152.09, 0.00004)] == [
+        "–",
+        "0",
+        "134,515,008",
+        "0.446",
+        "152",
+        "4.0e-05",
+    ]
+
+
+def test_points_stand_where_their_figures_say() -> None:
+    def point(speed: float, nats: float) -> Point:
+        return Point("a", "llamacpp", (speed, speed, speed), "predicted", (nats, nats, nats), True, False)
+
+    chart = pareto([point(50, 0.01), point(100, 0.1), point(90, 0.2), point(150, 0.0)], 120.0)
+    x, y = [each["x"] for each in chart["points"]], [each["y"] for each in chart["points"]]
+    assert x[0] < x[2] < x[1] < chart["wanted"] < x[3] <= chart["right"]
+    assert chart["top"] <= y[2] < y[1] < y[0] < y[3] <= chart["bottom"]
+    assert len(chart["front"].split()) == 1, "the fastest is also the nearest to dense: no other is worth having"
+
+
+def test_the_page_shows_what_the_record_says(run: Path) -> None:
+    shown = view(run)
+    record = json.loads((run / "fit.json").read_text())
+    assert len(shown["rows"]) == sum(1 for each in record["candidates"] if each.get("quality"))
+    assert sum(row["chosen"] for row in shown["rows"]) == 1
+    kept = [sum(layer["heads"]) for layer in shown["layers"]]
+    widths = shown["chosen"]["plan"]["heads"]
+    assert kept == (widths if isinstance(widths, list) else [widths] * len(kept))
+    assert [sample["question"] for sample in record["samples"]] == list(QUESTIONS)
+    text = (run / "report.html").read_text()
+    assert record["samples"][0]["question"] in text and record["commands"]["again"].replace("'", "&#39;") in text
+    assert "http://" not in text and "https://" not in text, "the page stands alone"
+
+
+def test_in_a_browser_at_two_widths(run: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    problems: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width, scheme in ((1100, "light"), (390, "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page.on("console", lambda message: problems.append(message.text))
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto((run / "report.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.locator("tr.chosen").count() == 1
+            point = page.locator(".point").first
+            point.focus()
+            assert page.inner_text(".told") == point.get_attribute("aria-label")
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+            if folder := os.environ.get("EDGEPRUNE_SCREENSHOTS"):
+                page.screenshot(path=str(Path(folder) / f"report-{width}.png"), full_page=True)
+        browser.close()
+    assert not problems
+
+
+def test_runs_side_by_side(run: Path, uniform: Path, tmp_path: Path) -> None:
+    page = tmp_path / "both.html"
+    done = CliRunner().invoke(app, ["report", str(run), str(uniform), "--compare", "--out", str(page)])
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert "2 runs compared" in text and text.count("<section") == 2
+    alone = CliRunner().invoke(app, ["report", str(run), str(uniform)])
+    assert isinstance(alone.exception, BadInput) and "--compare" in str(alone.exception)
+    nowhere = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert isinstance(nowhere.exception, BadInput)

