@@ -23,6 +23,7 @@ from edgeprune.cli_measure import tune as tune_command
 from edgeprune.cli_prune import Calibration, Seed, prune
 from edgeprune.cli_recover import duration, recover
 from edgeprune.cli_ship import To, report, ship, targets_of, verify
+from edgeprune.cli_talk import chat, serve
 from edgeprune.cli_vocabulary import vocabulary
 from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, missing_extra
 from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
@@ -276,6 +277,8 @@ app.command()(doctor)
 app.command()(ship)
 app.command()(verify)
 app.command()(report)
+app.command()(chat)
+app.command()(serve)
 app.add_typer(devices_app, name="devices")
 app.add_typer(boards_app, name="boards")
 

@@ -63,6 +63,12 @@ EXTRAS = {
     "optimum": "optimum",
     "lm_eval": "eval",
     "datasets": "eval",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "starlette_context": "serve",
+    "sse_starlette": "serve",
+    "pydantic_settings": "serve",
+    "uvicorn": "serve",
     "peft": "recover",
     "accelerate": "recover",
 }

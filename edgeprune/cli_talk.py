@@ -1,0 +1,107 @@
+"""Commands that talk to what was chosen: `chat`, `serve`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+from edgeprune.cli_measure import Threads
+from edgeprune.errors import BadInput
+from edgeprune.output import console, errors, problem
+
+if TYPE_CHECKING:
+    from edgeprune.conversation import Conversation
+    from edgeprune.shipping.run import Bundle
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a finished run of fit.")]
+
+
+def _bundle(run: Path, runtime: str | None = None) -> Bundle:
+    from edgeprune.shipping.run import Run
+
+    return Run.open(run).bundle(runtime)
+
+
+def chat(
+    run: RunFolder,
+    system: Annotated[
+        str | None, typer.Option("--system", help="What the model is told before the first turn.")
+    ] = None,
+    most: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Of an answer, at most.")] = 512,
+    threads: Threads = None,
+) -> None:
+    """Talk to what a run chose, in its runtime and with its settings. An empty line or Ctrl-D ends it."""
+    from edgeprune.chat import renderer
+    from edgeprune.conversation import Conversation
+    from edgeprune.runtimes import open_runtime
+
+    bundle = _bundle(run)
+    facts = bundle.facts
+    path = bundle.model if bundle.runtime == "llamacpp" else bundle.folder
+    model = open_runtime(
+        path,
+        n_ctx=facts["n_ctx"],
+        threads=threads or facts["threads"],
+        name=bundle.runtime,
+        settings=facts["settings"],
+    )
+    with closing(model):
+        talk = Conversation(model, renderer(bundle.folder), set(bundle.eos))
+        if system:
+            talk.messages.append({"role": "system", "content": system})
+        if sys.stdin.isatty():
+            errors.print(f"[bold]{escape(str(path))}[/]; an empty line ends", soft_wrap=True)
+        while question := _question():
+            forgotten = talk.forgotten
+            try:
+                _answer(talk, question, most)
+            except BadInput as error:  # the question; the next may be shorter
+                problem(str(error))
+                continue
+            if talk.forgotten > forgotten:
+                errors.print("[yellow]note:[/] the context is full; the oldest turns are forgotten")
+
+
+def _answer(talk: Conversation, question: str, most: int) -> None:
+    """Print an answer as it comes; on a terminal with its speed below, which goes on changing until the end."""
+    if not console.is_terminal:
+        for piece in talk.say(question, most=most):
+            console.print(piece, end="", markup=False, soft_wrap=True)
+        console.print()
+        errors.print(f"{talk.n_tokens} tokens, {talk.tokens_per_s:.1f} tokens/s")
+        return
+    said = ""
+    with Live(console=console, refresh_per_second=8, vertical_overflow="visible") as live:
+        for piece in talk.say(question, most=most):
+            said += piece
+            live.update(
+                Group(Text(said), Text(f"{talk.n_tokens} tokens, {talk.tokens_per_s:.1f} tokens/s", style="dim"))
+            )
+
+
+def _question() -> str:
+    try:
+        return console.input("[bold]> [/]" if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def serve(
+    run: RunFolder,
+    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, help="On 127.0.0.1.")] = 8000,
+) -> None:
+    """Serve what a run chose for llama.cpp to clients of OpenAI's interface, on this machine alone."""
+    from edgeprune.serving import HOST
+    from edgeprune.serving import serve as run_server
+
+    bundle = _bundle(run, "llamacpp")
+    console.print(f"http://{HOST}:{port}/v1, until Ctrl-C", soft_wrap=True)
+    run_server(bundle.model, bundle.facts, port)

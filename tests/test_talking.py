@@ -1,0 +1,149 @@
+"""Talking to what was chosen: the conversation's cache, `chat` in a terminal, and `serve` to a client of OpenAI's."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from edgeprune.chat import renderer
+from edgeprune.cli import app
+from edgeprune.conversation import Conversation
+from edgeprune.errors import BadInput
+from edgeprune.runtimes import open_runtime
+from edgeprune.runtimes.base import generate
+from edgeprune.shipping.run import Run
+
+
+class Echo:
+    """A runtime whose tokens are bytes and that repeats a text, whatever it is told."""
+
+    def __init__(self, text: str, n_ctx: int) -> None:
+        self.says, self.n_ctx, self.n_past = [*text.encode(), 0], n_ctx, 0
+        self.computed = 0
+        self.answered = 0
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    def rewind(self, n_past: int) -> None:
+        assert n_past <= self.n_past
+        self.n_past = n_past
+        self.answered = 0
+
+    def forward(self, tokens: Sequence[int], *, last_only: bool = False) -> Any:
+        self.n_past += len(tokens)
+        self.computed += len(tokens)
+        assert self.n_past <= self.n_ctx
+        logits = np.zeros((1, 256), np.float32)
+        logits[0, self.says[min(self.answered, len(self.says) - 1)]] = 1
+        self.answered += 1
+        return logits
+
+
+def _plain(messages: Any, answer: bool) -> str:
+    return "".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + ("<a>" if answer else "")
+
+
+def test_characters_come_whole_and_nothing_is_computed_twice() -> None:
+    model = Echo("é 雨", 400)
+    talk = Conversation(model, _plain, {0})  # type: ignore[arg-type]
+    assert list(talk.say("hello")) == ["é", " ", "雨"]
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+    first = model.computed
+    assert first == len("<u>hello<a>") + 6
+    assert "".join(talk.say("again")) == "é 雨"
+    assert model.computed == first + len("<u>again<a>") + 6
+    assert talk.n_tokens == 7 and talk.tokens_per_s > 0
+
+
+def test_the_oldest_turns_go_when_the_context_is_full() -> None:
+    model = Echo("ok", 120)
+    talk = Conversation(model, _plain, {0})  # type: ignore[arg-type]
+    talk.messages.append({"role": "system", "content": "s"})
+    for _ in range(5):
+        assert "".join(talk.say("a question of some length")) == "ok"
+    assert talk.forgotten and talk.messages[0] == {"role": "system", "content": "s"}
+    with pytest.raises(BadInput, match="ask something shorter"):
+        list(talk.say("x" * 200))
+    assert "".join(talk.say("short")) == "ok"
+
+
+def test_a_conversation_says_what_the_model_says(run: Path) -> None:
+    bundle = Run.open(run).bundle("llamacpp")
+    render = renderer(bundle.folder)
+    assert render is not None
+    with closing(open_runtime(bundle.model, n_ctx=128, threads=2)) as model:
+        talk = Conversation(model, render, set(bundle.eos))
+        said = "".join(talk.say("Hello", most=8))
+        prompt = model.encode(render([{"role": "user", "content": "Hello"}], True), parse_special=True)
+        assert said == model.decode([t for t in generate(model, prompt, 8, stop=bundle.eos) if t not in bundle.eos])
+
+
+def test_chat_answers_each_line(run: Path) -> None:
+    done = CliRunner().invoke(app, ["chat", str(run), "--max-tokens", "4"], input="Hello\nAnd now?\n\nnever asked\n")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("tokens/s") == 2
+
+
+def _get(url: str, **headers: str) -> Any:
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5)
+
+
+@pytest.fixture
+def server(run: Path) -> Iterator[str]:
+    pytest.importorskip("fastapi")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "edgeprune.cli", "serve", str(run), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        address = f"http://127.0.0.1:{port}"
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    _get(f"{address}/v1/models").close()
+                    break
+                except OSError:
+                    assert process.poll() is None and time.monotonic() < deadline, (
+                        process.stdout and process.stdout.read()
+                    )
+                    time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def test_a_client_of_openai_completes_against_serve(run: Path, server: str) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    bundle = Run.open(run).bundle("llamacpp")
+    said = client.chat.completions.create(
+        model=bundle.folder.name, messages=[{"role": "user", "content": "Hello"}], max_tokens=8, temperature=0.0
+    )
+    assert said.choices[0].message.content is not None and said.usage.completion_tokens > 0
+    with _get(f"{server}/v1/models", Origin="https://example.org") as answer:
+        assert "access-control-allow-origin" not in {key.lower() for key in answer.headers}
+
+
+def test_serve_refuses_what_llama_cpp_does_not_run(run: Path) -> None:
+    from edgeprune.serving import server_settings
+
+    bundle = Run.open(run).bundle("onnxruntime")
+    with pytest.raises(BadInput, match="--quant Q4_0"):
+        server_settings(bundle.model, bundle.facts)
