@@ -238,6 +238,10 @@ def fit(
         on_proposal(proposal)
     out = _writable(Path(out) if out else Path("runs") / f"{Path(str(model)).stem}-{profile.name}")
 
+    if not settings.resume:
+        for folder in ("work", CHECKPOINTS):
+            shutil.rmtree(out / folder, ignore_errors=True)
+
     loaded = load(source)
     calibration = _calibration(loaded, settings, progress)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,34 @@ def run(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uniform(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the same widths in every layer, for llama.cpp alone."""
     return _fit(chat_model, tmp_path_factory.mktemp("uniform"), targets=["Q8_0"], method="amp", ratios=(0.0, 0.3))
+
+
+class Pages:
+    """Opens pages in a headless Chromium and gathers what they complain of."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser = browser
+        self.problems: list[str] = []
+
+    def open(self, address: str, *, width: int, scheme: str = "light") -> Any:
+        """A page of that width and colour scheme; errors and requests to anywhere else become problems."""
+        page = self.browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda said: self.problems.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        own = (address, "blob:", "data:")
+        page.on("request", lambda asked: None if asked.url.startswith(own) else self.problems.append(asked.url))
+        page.goto(address)
+        return page
+
+
+@pytest.fixture
+def pages() -> Iterator[Pages]:
+    """A headless Chromium; the test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield Pages(browser)
+        browser.close()

@@ -144,6 +144,18 @@ def test_recovery_trains_the_best_and_measures_it_too(wide: Path, tmp_path: Path
     assert result.chosen.name in names
 
 
+def test_weights_that_ship_are_kept_and_made_anew_on_demand(wide: Path, tmp_path: Path) -> None:
+    budget = speed_between(wide, 0.3, "Q8_0", 64)
+    result = run(wide, tmp_path / "run", budget, method="obs", targets=["Q8_0"])
+    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert Checkpoint(kept).shape.layers == result.chosen.shape.layers
+    (kept / "mark").touch()
+    run(wide, tmp_path / "run", budget, method="obs", targets=["Q8_0"])
+    assert (kept / "mark").exists()
+    run(wide, tmp_path / "run", budget, method="obs", targets=["Q8_0"], resume=False)
+    assert kept.exists() and not (kept / "mark").exists()
+
+
 def test_the_other_runtime_gets_its_best_too(wide: Path, tmp_path: Path) -> None:
     result = run(wide, tmp_path / "run", Budget(context=64))
     assert {c.target.runtime for c, _ in result.trials} == {"llamacpp", "onnxruntime"}

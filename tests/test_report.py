@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
+from conftest import Pages
 from typer.testing import CliRunner
 
 from edgeprune.cli import app
@@ -61,30 +60,17 @@ def test_the_page_shows_what_the_record_says(run: Path) -> None:
     assert "http://" not in text and "https://" not in text, "the page stands alone"
 
 
-def test_in_a_browser_at_two_widths(run: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium")
-    problems: list[str] = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for width, scheme in ((1100, "light"), (390, "dark")):
-            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-            page.on("console", lambda message: problems.append(message.text))
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.goto((run / "report.html").as_uri())
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            assert page.locator("tr.chosen").count() == 1
-            point = page.locator(".point").first
-            point.focus()
-            assert page.inner_text(".told") == point.get_attribute("aria-label")
-            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-            if folder := os.environ.get("EDGEPRUNE_SCREENSHOTS"):
-                page.screenshot(path=str(Path(folder) / f"report-{width}.png"), full_page=True)
-        browser.close()
-    assert not problems
+@pytest.mark.parametrize("width, scheme", [(1100, "light"), (390, "dark")])
+def test_in_a_browser(run: Path, pages: Pages, width: int, scheme: str) -> None:
+    page = pages.open((run / "report.html").as_uri(), width=width, scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("tr.chosen").count() == 1
+    point = page.locator(".point").first
+    point.focus()
+    assert page.inner_text(".told") == point.get_attribute("aria-label")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert not pages.problems
 
 
 def test_runs_side_by_side(run: Path, uniform: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import http.server
 import json
-import os
 import shutil
 import subprocess
 import threading
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHATML, save_llama
+from conftest import CHATML, Pages, save_llama
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from typer.testing import CliRunner
 
@@ -270,37 +269,18 @@ def site(web: Path, npm: Path, tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_transformers_js_says_the_same_in_a_browser(web: Path, site: str) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium")
-    problems: list[str] = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800})
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "request",
-            lambda request: problems.append(request.url) if not request.url.startswith((site, "blob:")) else None,
-        )
-        page.goto(site)
-        page.wait_for_function("document.getElementById('state').textContent == 'ready'", timeout=60_000)
-        for proof, dtype in zip(read_proofs(web), ("q4", "q8", "fp16"), strict=True):
-            script = "([ids, count, dtype]) => window.continueTokens(ids, count, dtype)"
-            said = page.evaluate(script, [list(proof.prompt_tokens), len(proof.tokens), dtype])
-            assert said == list(proof.tokens), dtype
-        page.click("#ask")
-        page.wait_for_function(
-            "/tokens.s here|failed/.test(document.getElementById('state').textContent)", timeout=60_000
-        )
-        assert "tokens/s here" in page.inner_text("#state"), page.inner_text("#state")
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        if folder := os.environ.get("EDGEPRUNE_SCREENSHOTS"):
-            page.screenshot(path=str(Path(folder) / "web.png"))
-        browser.close()
-    assert wide <= 390 and not problems
+def test_transformers_js_says_the_same_in_a_browser(web: Path, site: str, pages: Pages) -> None:
+    page = pages.open(site, width=390)
+    page.wait_for_function("document.getElementById('state').textContent == 'ready'", timeout=60_000)
+    for proof, dtype in zip(read_proofs(web), ("q4", "q8", "fp16"), strict=True):
+        script = "([ids, count, dtype]) => window.continueTokens(ids, count, dtype)"
+        said = page.evaluate(script, [list(proof.prompt_tokens), len(proof.tokens), dtype])
+        assert said == list(proof.tokens), dtype
+    page.click("#ask")
+    page.wait_for_function("/tokens.s here|failed/.test(document.getElementById('state').textContent)", timeout=60_000)
+    assert "tokens/s here" in page.inner_text("#state"), page.inner_text("#state")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert not pages.problems
 
 
 def test_one_precision_alone(run: Path, tmp_path: Path) -> None:
@@ -318,7 +298,7 @@ def test_wrong_use_is_told_in_a_line(run: Path, uniform: Path, chat_model: Path,
         (tmp_path, "gguf", "no run"),
         (run, "gguv", "did you mean 'gguf'"),
         (run, "transformers.js:q5", "unknown option"),
-        (run, "gguf:q4", "unknown option"),
+        (run, "gguf:q4", "takes no options"),
         (uniform, "onnxruntime-genai", "--quant int4"),
     ]
     for folder, to, message in cases:

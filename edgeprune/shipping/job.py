@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import unknown
+from edgeprune.errors import BadInput, unknown
 from edgeprune.files import read_json, write_json
 from edgeprune.shipping.run import Bundle, Run, Say
 
@@ -81,6 +81,8 @@ class Job:
         Raises:
             BadInput: an option is unknown.
         """
+        if self.options and not known:
+            raise BadInput(f"this target takes no options, found {', '.join(self.options)}")
         for option in self.options:
             if option not in known:
                 raise unknown("option of this target", option, known)

@@ -111,6 +111,8 @@ def read_proofs(folder: Path) -> list[Proof]:
     Raises:
         BadInput: there are none, they are unreadable, or name something outside of the folder.
     """
+    if not (folder / PROOF).is_file():
+        raise BadInput(f"no {PROOF}", where=folder, remedy="give a folder that `edgeprune ship` wrote")
     record = read_json(folder / PROOF)
     try:
         if record["schema_version"] != SCHEMA:
