@@ -72,8 +72,6 @@ class Conversation:
             if not said.endswith(_UNFINISHED):
                 yield said[len(told) :]
                 told = said
-            if len(self._cached) + 1 > self.runtime.n_ctx:
-                break
             logits = self.runtime.forward([token], last_only=True)
             self._cached.append(token)
         self.seconds = time.monotonic() - began

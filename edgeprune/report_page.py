@@ -86,7 +86,6 @@ def view(folder: Path) -> dict[str, Any]:
         "title": f"{record['model']['name']} on {record['device']['name']}",
         "bars": _bars(chosen, budget),
         "by_kl": by_kl,
-        "points": points,
         "plot": pareto(points, budget["min_tokens_per_s"]),
         "rows": [_row(each, by_kl=by_kl, chosen=each is chosen) for each in measured],
         "failed": [each for each in candidates if each.get("status") not in (None, "ok")],
@@ -95,7 +94,6 @@ def view(folder: Path) -> dict[str, Any]:
         "removed": 1 - chosen["plan"]["parameters"] / record["model"]["parameters"],
         "samples": record.get("samples", []),
         "files": chosen["files"],
-        "reached": chosen["fits"],
     }
 
 
@@ -156,7 +154,6 @@ def _row(candidate: Json, *, by_kl: bool, chosen: bool) -> dict[str, Any]:
     speed, kind = _speed(candidate)
     return {
         "label": label(candidate),
-        "runtime": candidate["runtime"],
         "chosen": chosen,
         "fits": candidate["fits"],
         # What was asked; what it reaches instead stands in the columns.

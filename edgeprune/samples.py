@@ -15,7 +15,7 @@ from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import generate
-from edgeprune.runtimes.isolate import Execute, run_isolated
+from edgeprune.runtimes.isolate import run_isolated
 
 QUESTIONS = (
     "Why is the sky blue? Answer in two sentences.",
@@ -67,7 +67,6 @@ def ask(
     n_ctx: int,
     stop: Sequence[int],
     threads: int,
-    execute: Execute = run_isolated,
 ) -> list[dict[str, Any]]:
     """`answers` in a process of its own; `n_new` is at most half of `n_ctx`.
 
@@ -83,7 +82,7 @@ def ask(
         "stop": list(stop),
         "threads": threads,
     }
-    done = execute("edgeprune.samples:answers", arguments, timeout_s=TIMEOUT_S)
+    done = run_isolated("edgeprune.samples:answers", arguments, timeout_s=TIMEOUT_S)
     if done.status != "ok":
         raise StageFailed(f"{done.status}: {done.reason}", where=path)
     found: list[dict[str, Any]] = done.value

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.chat import renderer
 from edgeprune.errors import unknown
 from edgeprune.files import atomic_folder, write_text
+from edgeprune.samples import prompts_for
 from edgeprune.shipping.job import Entry, Job
 from edgeprune.shipping.proof import QUESTION, Verdict, check, prove, read_proofs, write_proofs
 from edgeprune.shipping.provenance import write_provenance
@@ -112,8 +112,7 @@ def ship(
 
 
 def _write_proofs(folder: Path, bundle: Bundle, entries: Sequence[Entry], threads: int) -> None:
-    render = renderer(bundle.folder)
-    prompt = QUESTION if render is None else render([{"role": "user", "content": QUESTION}], True)
+    (prompt,) = prompts_for(bundle.folder, [QUESTION])
     n_ctx = int(bundle.facts["n_ctx"])
     write_proofs(
         folder, [prove(folder, entry, prompt, n_ctx=n_ctx, stop=bundle.eos, threads=threads) for entry in entries]
