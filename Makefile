@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # Packages are pinned for CI and for these targets; `pip install .` alone takes the lower bounds of pyproject.toml.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help fit demo-web test test-slow test-arm test-gpu lint format install install-dev benchmarks clean
+.PHONY: help fit demo-web docs test test-slow test-arm test-gpu lint format install install-dev benchmarks clean
 
 help:
 	@echo "make fit         install, then run the main job on the demo model for a Raspberry Pi 5"
 	@echo "make demo-web    the same for the browser, served at http://127.0.0.1:8000 (needs npm)"
+	@echo "make docs        the documentation, into build/site"
 	@echo "make test        install with the test extra, then run the tests"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-gpu    layers on a GPU, or on a software one: builds llama.cpp with Vulkan"
@@ -51,6 +52,10 @@ demo-web: install
 	cd $(WEB) && npm install --ignore-scripts --no-audit --no-fund
 	@echo "open http://127.0.0.1:8000"
 	cd $(WEB) && $(CURDIR)/$(BIN)/python -m http.server --bind 127.0.0.1 8000
+
+docs: install-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
 
 test: install-dev
 	$(BIN)/python -m pytest

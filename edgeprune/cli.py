@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -228,6 +229,15 @@ def export(
     exporter: Annotated[
         str, typer.Option("--exporter", help="own, or optimum (fp32 ONNX, for other families).")
     ] = "own",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            help="With imatrix: text that tells which columns of the weights count. Default: text the model writes.",
+            show_default=False,
+            metavar="FILE|DATASET",
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Export a model to a GGUF file or an ONNX folder that stock runtimes load."""
@@ -236,7 +246,7 @@ def export(
     from edgeprune.errors import unknown
     from edgeprune.inspection import inspect as look
     from edgeprune.models import checkpoint_folder, resolve
-    from edgeprune.targets import target_for
+    from edgeprune.targets import IMATRIX, target_for
 
     if exporter not in ("own", "optimum"):
         raise unknown("exporter", exporter, ["own", "optimum"])
@@ -258,6 +268,13 @@ def export(
 
             for note in target.format.fallbacks(Checkpoint(folder).shape, target.quantisation):
                 problem(note, kind="note")
+            if target.needs_imatrix:
+                from edgeprune.imatrix import provide_imatrix
+
+                told = partial(stages, "finding what each column of the weights is multiplied by")
+                provide_imatrix(folder, Path(scratch) / IMATRIX, calibration=calibration, progress=told)
+            elif calibration:
+                raise BadInput(f"{quant} needs no text", where="--calibration", remedy="leave it out")
             stages(f"writing {target.quantisation}", 0, 0)
             target.format.export(folder, out, target.quantisation, Path(scratch), _threads(threads))
     console.print(f"written to {out} ({look(out).file_bytes / (1 << 20):.1f} MiB)", soft_wrap=True)
@@ -289,7 +306,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # torchao, which transformers imports where it is installed, complains of libraries for other machines.
+    for name in ("transformers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -151,6 +151,11 @@ def _genai() -> str:
     return "loads"
 
 
+def _executorch() -> str:
+    importlib.import_module("executorch.runtime")
+    return "loads"
+
+
 def check_runtimes() -> list[Check]:
     """Whether llama.cpp and ONNX Runtime load, and with what. PyTorch is looked up, not imported: it takes seconds."""
     torch = installed("torch")
@@ -158,6 +163,7 @@ def check_runtimes() -> list[Check]:
         _probe("runtime llamacpp", "llama-cpp-python", "llama", _llamacpp),
         _probe("runtime onnxruntime", "onnxruntime", "onnx", _onnxruntime),
         _probe("runtime onnxruntime-genai (optional)", "onnxruntime-genai", "test", _genai),
+        _probe("runtime executorch (optional)", "executorch", "executorch", _executorch),
         Check("runtime pytorch", True, f"torch {torch}")
         if torch
         else Check("runtime pytorch", None, "torch is not installed", 'pip install "edgeprune[prune]"'),

@@ -69,6 +69,8 @@ EXTRAS = {
     "sse_starlette": "serve",
     "pydantic_settings": "serve",
     "uvicorn": "serve",
+    "executorch": "executorch",
+    "torchao": "executorch",
     "peft": "recover",
     "accelerate": "recover",
 }

@@ -40,6 +40,10 @@ def inspect(path: Path) -> Inspection:
         BadInput: not a model, or a broken one.
     """
     kind = runtime_for(path)
+    if kind == "executorch":
+        raise BadInput(
+            "an ExecuTorch program says nothing of its widths", where=path, remedy="inspect what it is made of"
+        )
     return {"llamacpp": _gguf, "onnxruntime": _onnx, "pytorch": _checkpoint}[kind](path)
 
 

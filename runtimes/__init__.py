@@ -1,4 +1,4 @@
-"""Runtimes behind one small protocol. Nothing here but `pytorch` imports torch: a board needs none."""
+"""Runtimes behind one small protocol. Nothing here but `pytorch` and `pte` imports torch: a board needs none."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from edgeprune.runtimes.settings import Value
 RUNTIMES: dict[str, tuple[str, str]] = {
     "llamacpp": ("edgeprune.runtimes.llamacpp", "LlamaCpp"),
     "onnxruntime": ("edgeprune.runtimes.ort", "OnnxRuntime"),
+    "executorch": ("edgeprune.runtimes.pte", "ExecuTorch"),
     "pytorch": ("edgeprune.runtimes.pytorch", "PyTorch"),
 }
 
 
 def runtime_for(path: Path) -> str:
-    """The name of the runtime that loads `path`: a .gguf or .onnx file, a folder with one or a checkpoint folder.
+    """The name of the runtime that loads `path`: a .gguf, .onnx or .pte file, a folder with one or a checkpoint.
 
     Raises:
         BadInput: there is no such path, or no runtime loads it.
@@ -32,6 +33,8 @@ def runtime_for(path: Path) -> str:
         return "llamacpp"
     if path.is_file() and path.suffix == ".onnx":
         return "onnxruntime"
+    if path.is_file() and path.suffix == ".pte":
+        return "executorch"
     if path.is_dir():
         if (path / "model.onnx").is_file():
             return "onnxruntime"
@@ -40,7 +43,7 @@ def runtime_for(path: Path) -> str:
     raise BadInput(
         "not a model",
         where=path,
-        remedy="give a .gguf or .onnx file, a folder with model.onnx, or a Hugging Face folder",
+        remedy="give a .gguf, .onnx or .pte file, a folder with model.onnx, or a Hugging Face folder",
     )
 
 

@@ -14,6 +14,7 @@ from edgeprune.files import read_json
 from edgeprune.runtimes.base import Logits, Tokens
 from edgeprune.runtimes.onnx_file import model_file, summary
 from edgeprune.runtimes.settings import Setting, Value, Values, check
+from edgeprune.runtimes.tokenizer_file import TokenizerFile
 
 try:
     import onnxruntime
@@ -108,7 +109,12 @@ class OnnxRuntime:
             for name, buffer in self._cache.items():
                 self._bind(name, buffer)
                 self._bind(_present(name), buffer, output=True)
-        self._tokenizer: Any = None
+        folder = model_file(path).parent
+        if (
+            folder.name == "onnx" and not (folder / "tokenizer.json").is_file()
+        ):  # where transformers.js wants its graphs
+            folder = folder.parent
+        self._text = TokenizerFile(folder)
 
     def forward(self, tokens: Tokens, *, last_only: bool = False) -> Logits:
         """Append `tokens`, (T,), to the cache; logits after each of them, (T, n_vocab), or (1, n_vocab).
@@ -150,18 +156,12 @@ class OnnxRuntime:
             self._cache = {name: np.ascontiguousarray(old[:, :, :n_past]) for name, old in self._cache.items()}
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Token ids of `text`, without BOS or EOS; the text of a special token is one only if `parse_special`.
-
-        Raises:
-            BadInput: the folder has no usable tokenizer.json.
-        """
-        tokenizer = self._text()
-        tokenizer.encode_special_tokens = not parse_special
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        """As `TokenizerFile.encode`."""
+        return self._text.encode(text, parse_special=parse_special)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out; raises `BadInput` as `encode` does."""
-        return str(self._text().decode([int(token) for token in tokens], skip_special_tokens=True))
+        """As `TokenizerFile.decode`."""
+        return self._text.decode(tokens)
 
     def close(self) -> None:
         """Free the model and its cache."""
@@ -182,24 +182,6 @@ class OnnxRuntime:
         names = [item.name for item in self._session.get_outputs()]
         values = dict(zip(names, self._binding.get_outputs(), strict=True))
         self._cache = {name: values[_present(name)].numpy() for name in self._cache}
-
-    def _text(self) -> Any:
-        if self._tokenizer is None:
-            try:
-                import tokenizers
-            except ImportError as error:
-                raise missing_extra("tokenizers", "onnx") from error
-            folder = model_file(self.path).parent
-            file = folder / "tokenizer.json"
-            if folder.name == "onnx" and not file.is_file():  # where transformers.js wants its graphs
-                file = folder.parent / "tokenizer.json"
-            if not file.is_file():
-                raise BadInput("no tokenizer.json", where=self.path, remedy="copy the model's tokenizer.json there")
-            try:
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as error:  # the package raises bare Exception for any bad file
-                raise BadInput(f"not a usable tokenizer ({error})", where=file) from error
-        return self._tokenizer
 
 
 def _open(path: Path, threads: int, settings: Values) -> Any:

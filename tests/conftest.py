@@ -176,7 +176,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_llama(
         tmp_path_factory.mktemp("shipping") / "llama",
         intermediate_size=512,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         eos_token_id=1,
     )
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -52,7 +52,7 @@ def test_gguf_chats_in_llama_cpp(run: Path, tmp_path: Path) -> None:
     assert made["data"]["calibration"]["sha256"] and made["command"].startswith("edgeprune fit")
 
 
-@pytest.mark.parametrize("to", ["gguf", "huggingface", "onnxruntime-genai"])
+@pytest.mark.parametrize("to", ["gguf", "ollama", "huggingface", "onnxruntime-genai", "transformers.js:q4"])
 def test_the_same_run_ships_the_same_bytes(run: Path, tmp_path: Path, to: str) -> None:
     one, two = ship(run, to, tmp_path / "one"), ship(run, to, tmp_path / "two")
     assert (one / "SHA256SUMS").read_bytes() == (two / "SHA256SUMS").read_bytes()
@@ -205,29 +205,45 @@ def test_apps_get_the_file_in_their_layout(run: Path, tmp_path: Path, to: str, p
     assert verify(folder).ok
 
 
+def installed_by_npm(name: str, *packages: str) -> Path:
+    """A folder of the cache with packages of the npm registry."""
+    if shutil.which("npm") is None:
+        pytest.skip("no npm")
+    folder = cache_dir() / "npm" / name
+    if not (folder / "node_modules").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "package.json").write_text('{"private": true, "type": "module"}')
+        # Install scripts would download what the packages hold already, for other devices; peers would be React Native.
+        options = ["--ignore-scripts", "--no-audit", "--no-fund", "--legacy-peer-deps"]
+        command = ["npm", "install", *options, *packages]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=500)
+    return folder
+
+
+def test_the_loader_is_typescript_that_llama_rn_takes(run: Path, tmp_path: Path) -> None:
+    tools = installed_by_npm("llama.rn-0.12.9", "llama.rn@0.12.9", "typescript@5.9.3")
+    tsc = [str(tools / "node_modules" / ".bin" / "tsc"), "--noEmit", "--strict", "--skipLibCheck"]
+    options = ["--module", "esnext", "--moduleResolution", "bundler", "--target", "es2022"]
+    for to in ("android", "ios"):
+        source = (ship(run, to, tmp_path / to) / "loadModel.ts").read_text()
+        own = tmp_path / f"{to}-check"
+        own.mkdir()
+        (own / "node_modules").symlink_to(tools / "node_modules")
+        for text, wanted in ((source, 0), (source.replace("n_ctx:", "n_context:"), 2)):
+            (own / "loadModel.ts").write_text(text)
+            done = subprocess.run(
+                [*tsc, *options, "loadModel.ts"], cwd=own, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == wanted, done.stdout
+
+
 # transformers.js
 
 
 @pytest.fixture(scope="module")
 def npm() -> Path:
     """A folder with transformers.js from the npm registry, kept in the cache."""
-    if shutil.which("npm") is None:
-        pytest.skip("no npm")
-    folder = cache_dir() / "npm" / f"transformers-{VERSION}"
-    if not (folder / "node_modules" / "@huggingface" / "transformers").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "package.json").write_text('{"private": true, "type": "module"}')
-        # Its install scripts would download what the packages hold already, for other devices.
-        command = [
-            "npm",
-            "install",
-            "--ignore-scripts",
-            "--no-audit",
-            "--no-fund",
-            f"@huggingface/transformers@{VERSION}",
-        ]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=500)
-    return folder
+    return installed_by_npm(f"transformers-{VERSION}", f"@huggingface/transformers@{VERSION}")
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,7 @@ TARGETS: dict[str, Target] = {
     "huggingface": Target("to_huggingface", "safetensors and a model card, for transformers and the hub"),
     "android": Target("to_mobile", "assets and a loader for an Android app", "llamacpp", function="write_android"),
     "ios": Target("to_mobile", "resources and a loader for an iOS app", "llamacpp", function="write_ios"),
+    "executorch": Target("to_executorch", "a program for ExecuTorch's text runner", options=("int4", "int8")),
 }
 
 

@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import BadInput, unknown
-from edgeprune.files import read_json, write_json
+from edgeprune.errors import BadInput, EdgepruneError, unknown
+from edgeprune.files import cache_dir, read_json, write_json
+from edgeprune.quality import evaluate
 from edgeprune.shipping.run import Bundle, Run, Say
 
 BUNDLE_JSON = "bundle.json"
+TIMEOUT_S = 1800.0  # of measuring a file
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -74,6 +76,30 @@ class Job:
     def write_bundle_json(self, model_file: str, **more: Any) -> None:
         """Write what an app has to know, with the name that the model file has in this target."""
         write_json(self.out / BUNDLE_JSON, {**self.bundle.facts, "model_file": model_file, **more})
+
+    def graph_facts(self, path: str, runtime: str) -> dict[str, Any]:
+        """What is known of a file made here: its bytes, and its quality where the run's reference is still there."""
+        file = self.out / path
+        size = sum(each.stat().st_size for each in file.parent.glob(f"{file.name}*"))
+        reference = cache_dir() / "references" / str(self.run.record["held_out"]["reference"])
+        facts: dict[str, Any] = {"file": path, "bytes": size, "measured": None}
+        if not (reference / "reference.json").is_file() or self.bundle.facts["tokens_counted_on"]:
+            return facts
+        self.say(f"measuring {file.name}")
+        try:
+            quality = evaluate(file, reference, runtime=runtime, threads=self.threads, timeout_s=TIMEOUT_S)
+        except EdgepruneError as error:
+            self.say(f"{file.name} could not be measured: {error}")
+            return facts
+        kl, top1 = quality.kl_nats, quality.top1
+        measured = {
+            "on": quality.measured_on.machine,
+            "runtime": quality.measured_on.runtime,
+            "kl_nats": [kl.mean, kl.low, kl.high],
+            "top1": [top1.mean, top1.low, top1.high],
+            "bits_per_byte": quality.bits_per_byte,
+        }
+        return facts | {"measured": measured}
 
     def choose(self, known: Sequence[str]) -> tuple[str, ...]:
         """The options asked for, which must be among `known`; without any, all of them.

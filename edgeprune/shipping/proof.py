@@ -26,7 +26,12 @@ QUESTION = "Name the capital of France and one thing to see there."
 N_TOKENS = 24
 TIMEOUT_S = 600.0
 LEAST_ELSEWHERE = 0.75  # share of equal choices on another processor
-_PACKAGES = {"llamacpp": "llama-cpp-python", "onnxruntime": "onnxruntime", "pytorch": "torch"}
+_PACKAGES = {
+    "llamacpp": "llama-cpp-python",
+    "onnxruntime": "onnxruntime",
+    "executorch": "executorch",
+    "pytorch": "torch",
+}
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import chat_template
-from edgeprune.errors import EdgepruneError
 from edgeprune.export.onnx_bundle import with_plain_decoder
 from edgeprune.export.onnx_graph import LOGITS_KEPT, Layout, write_graph
-from edgeprune.files import cache_dir, read_json, write_json, write_text
+from edgeprune.files import read_json, write_json, write_text
 from edgeprune.per_layer import KEY
-from edgeprune.quality import Quality, evaluate
 from edgeprune.shipping.job import TOKENIZER_FILES, Entry, Job, generation_facts
 
 FOLDER = "onnx"
 VERSION = "4.3.1"  # of the library that the bundles were tried with
-TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def write(job: Job) -> list[Entry]:
         paths[names[0]],
         runtime="transformers.js",
         quantisation=GRAPHS[names[0]].precision,
-        graphs={name: _facts(job, path) for name, path in paths.items()},
+        graphs={name: job.graph_facts(path, "onnxruntime") for name, path in paths.items()},
         measured=None,  # of each graph it stands there
     )
     return [Entry(path, "onnxruntime") for path in paths.values()]
@@ -101,29 +98,3 @@ def _package() -> dict[str, Any]:
         "type": "module",
         "dependencies": {"@huggingface/transformers": VERSION},
     }
-
-
-def _facts(job: Job, path: str) -> dict[str, Any]:
-    """What is known of one graph: its bytes, and its quality where the run's reference is still there."""
-    file = job.out / path
-    size = sum(each.stat().st_size for each in file.parent.glob(f"{file.name}*"))
-    reference = cache_dir() / "references" / str(job.run.record["held_out"]["reference"])
-    facts: dict[str, Any] = {"file": path, "bytes": size, "measured": None}
-    if not (reference / "reference.json").is_file() or job.bundle.facts["tokens_counted_on"]:
-        return facts
-    job.say(f"measuring {file.name}")
-    try:
-        quality = evaluate(file, reference, runtime="onnxruntime", threads=job.threads, timeout_s=TIMEOUT_S)
-    except EdgepruneError as error:
-        job.say(f"{file.name} could not be measured: {error}")
-        return facts
-    assert isinstance(quality, Quality)
-    kl, top1 = quality.kl_nats, quality.top1
-    measured = {
-        "on": quality.measured_on.machine,
-        "runtime": quality.measured_on.runtime,
-        "kl_nats": [kl.mean, kl.low, kl.high],
-        "top1": [top1.mean, top1.low, top1.high],
-        "bits_per_byte": quality.bits_per_byte,
-    }
-    return facts | {"measured": measured}
