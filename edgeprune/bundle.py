@@ -15,6 +15,7 @@ from edgeprune.models import copy_companions
 from edgeprune.plan import PrunePlan
 from edgeprune.quality import CrossQuality, Quality, TextQuality
 from edgeprune.record import Trial, environment
+from edgeprune.report_page import MIB, PROMPT
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.tuning import Tuned
 from edgeprune.shape import ModelShape
@@ -180,6 +181,9 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, made: Mad
         "|---|---|---|---|",
         _row("decode, tokens/s", candidate.cost.decode_tps, f"predicted for {proposal.profile.name}"),
         _row("memory, MiB", candidate.cost.memory_mib, f"predicted for {proposal.profile.name}"),
+        *_first_token(candidate, proposal.profile.name),
+        *_speed_lines(trial),
+        f"| file, MiB | {sum(file['bytes'] for file in trial.files.values()) / MIB:.1f} | | measured |",
         *_measured_lines(quality),
         "",
         f"Measured on {quality.measured_on.machine}, in {quality.measured_on.runtime}, over {quality.n_tokens} tokens.",
@@ -189,6 +193,23 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, made: Mad
         "",
     ]
     return "\n".join(lines)
+
+
+def _first_token(candidate: Candidate, device: str) -> list[str]:
+    """The model card's row on the time to the first token, where the profile tells it."""
+    speed = candidate.cost.prefill_tps
+    if speed is None:
+        return []
+    value, low, high = PROMPT / speed.value, PROMPT / speed.high, PROMPT / speed.low
+    return [f"| first token after {PROMPT}, s | {value:.2f} | {low:.2f} to {high:.2f} | predicted for {device} |"]
+
+
+def _speed_lines(trial: Trial) -> list[str]:
+    """Rows of the model card's table on speed that was measured on the device."""
+    return [
+        f"| {test}, tokens/s | {speed['median_ts']:.1f} | {speed['low_ts']:.1f} to {speed['high_ts']:.1f} | measured |"
+        for test, speed in trial.speed.items()
+    ]
 
 
 def _spans(shape: ModelShape) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,26 @@ def _hub_texts(name: str) -> Iterator[str]:
             where=name,
             remedy="give a text or JSONL file, or leave the option out",
         ) from error
+
+
+def licence_of(source: str) -> str | None:
+    """The licence of a text, as a file `NAME.license` beside it (REUSE) or a hub dataset's card states it; else None.
+
+    Source of the former: https://reuse.software/spec-3.3 (`SPDX-License-Identifier`).
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        beside = path.with_name(f"{path.name}.license")
+        text = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
+        found = re.search(r"SPDX-License-Identifier:\s*(\S.*)", text)
+        return found[1].strip() if found else None
+    try:
+        from huggingface_hub import DatasetCard
+
+        stated = DatasetCard.load(source.partition(":")[0]).data.license
+    except Exception:  # of the network or of the card, and the text has been read without it
+        return None
+    return ", ".join(stated) if isinstance(stated, list) else stated
 
 
 def take(model: Model, texts: Iterator[str], source: str, *, count: int, length: int) -> TextSet:

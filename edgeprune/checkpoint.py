@@ -25,6 +25,17 @@ from edgeprune.shape import ModelShape, shape_from_config
 # A tokenizer that came from a GGUF file stays beside the checkpoint, as a GGUF file without tensors, so that it can
 # be written into the next GGUF file verbatim.
 GGUF_TOKENIZER = "tokenizer.gguf"
+# What the tokenizer and the chat template of a Hugging Face folder may be made of.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _HEADER_LIMIT = 100 << 20  # bytes; the library's own limit

@@ -18,7 +18,7 @@ import torch
 
 from edgeprune.boards import Place, place
 from edgeprune.bundle import CHECKPOINTS, Made, write_bundle
-from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set
+from edgeprune.calibration import TextSet, held_out_text, licence_of, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.damage import MEASURED_SHARES
@@ -341,7 +341,12 @@ def fit(
     record = fit_record(
         result,
         model_hash=model_hash,
-        calibration={"source": calibration.source, "sha256": calibration.hash, "tokens": calibration.tokens},
+        calibration={
+            "source": calibration.source,
+            "sha256": calibration.hash,
+            "tokens": calibration.tokens,
+            "licence": licence_of(settings.calibration) if settings.calibration else None,
+        },
         plan=workshop.vocabulary_plan(result.chosen),
         options=settings,
         samples=samples,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
+from edgeprune.checkpoint import GGUF_TOKENIZER, TOKENIZER_FILES, Checkpoint
 from edgeprune.errors import BadInput, missing_extra, unknown
 from edgeprune.fetch import DEMO_MODELS, demo_model
 from edgeprune.files import cache_dir, sha256
@@ -24,20 +24,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Everything a model needs and nothing that can run code: no pickles, no Python files.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md"]
 # Beside the weights and the config: what belongs to a model and is copied along when the model is changed.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-    GGUF_TOKENIZER,
-    "vocabulary_plan.json",
-)
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", GGUF_TOKENIZER, "vocabulary_plan.json")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from edgeprune.metrics import Interval
 from edgeprune.quality import Quality
 from edgeprune.record import Trial
 from edgeprune.report_chart import pareto_front
-from edgeprune.report_page import PAGE, write_page
+from edgeprune.report_page import PAGE, bars, number, write_page
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitResult
@@ -198,12 +198,6 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
     proposal, budget = result.proposal, result.proposal.budget
     plot = result.out / PLOT
     write_plot(result.trials, result.chosen, result.judged_on.nll, budget.min_tokens_per_s, proposal.profile.name, plot)
-    limits = {
-        "decode, tokens/s, at least": budget.min_tokens_per_s,
-        "memory, MiB, at most": budget.max_memory_mib,
-        "file, MiB, at most": budget.max_file_mib,
-        "context, tokens": budget.context,
-    }
     dropped = [c for c in proposal.candidates if not c.fits]
     by_target: dict[str, list[Candidate]] = {}
     for candidate in proposal.candidates:
@@ -230,7 +224,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         f"**{result.verdict}**",
         f"![quality against speed]({PLOT})",
         "## Budget",
-        _table(["limit", "value"], [[k, f"{v:g}"] for k, v in limits.items() if v is not None]),
+        _table(["", "asked", "this has", "kind"], _budget_rows(record)),
         f"Device: {proposal.profile.description}. Speeds and memory for it are predicted from its profile, with the "
         "profile's interval; quality is measured on the exported file in its runtime.",
         "## Measured candidates",
@@ -258,6 +252,8 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
             [["calibration", record["calibration"]["source"]], ["held out", str(result.judged_on)]],
         ),
         f"The dense model, unquantised, has perplexity {record['held_out']['dense_perplexity']:.2f} on held-out text.",
+        "## Files",
+        _table(["file", "bytes", "SHA-256"], _file_rows(record)),
         "## Again",
         f"```\n{record['commands']['again']}\n```",
         f"edgeprune {record['environment']['edgeprune']}, {record['environment']['platform']}, "
@@ -271,6 +267,26 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
     sections += _samples(record)
     write_text(result.out / "report.md", "\n\n".join(sections) + "\n")
     write_page([result.out], result.out / PAGE)
+
+
+def _chosen(record: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(each for each in record["candidates"] if each["name"] == record["chosen"])
+    return found
+
+
+def _budget_rows(record: dict[str, Any]) -> list[list[str]]:
+    """The figures of report.html's bars."""
+    rows = []
+    for each in bars(_chosen(record), record["budget"]):
+        asked = "" if each["limit"] is None else f"{'≥' if each['at_least'] else '≤'} {each['limit']:g}"
+        spread = f" ({number(each['low'])}–{number(each['high'])})" if each["high"] > each["low"] else ""
+        rows.append([f"{each['label']}, {each['unit']}", asked, number(each["value"]) + spread, each["kind"]])
+    return [*rows, ["context, tokens", f"{record['budget']['context']}", "", ""]]
+
+
+def _file_rows(record: dict[str, Any]) -> list[list[str]]:
+    files = _chosen(record)["files"].items()
+    return [[name, f"{file['bytes']:,}", f"`{file['sha256']}`"] for name, file in files]
 
 
 def _samples(record: dict[str, Any]) -> list[str]:

@@ -84,7 +84,7 @@ def view(folder: Path) -> dict[str, Any]:
         "record": record,
         "chosen": chosen,
         "title": f"{record['model']['name']} on {record['device']['name']}",
-        "bars": _bars(chosen, budget),
+        "bars": bars(chosen, budget),
         "by_kl": by_kl,
         "plot": pareto(points, budget["min_tokens_per_s"]),
         "rows": [_row(each, by_kl=by_kl, chosen=each is chosen) for each in measured],
@@ -132,21 +132,22 @@ def _point(candidate: Json, *, by_kl: bool, chosen: bool) -> Point:
     )
 
 
-def _bars(chosen: Json, budget: Json) -> list[dict[str, Any]]:
+def bars(chosen: Json, budget: Json) -> list[dict[str, Any]]:
+    """Speed, memory, file and time to first token of a candidate of the record, each beside its limit."""
     speed, kind = _speed(chosen)
-    bars = [bar("decode", "tokens/s", *speed, kind, budget["min_tokens_per_s"], at_least=True)]
+    found = [bar("decode", "tokens/s", *speed, kind, budget["min_tokens_per_s"], at_least=True)]
     tests = chosen.get("speed", {}).values()
     peaks = [test["peak_mib"] for test in tests if test["peak_mib"]]
     told = chosen["predicted"]["memory_mib"]
     memory = (max(peaks),) * 3 if peaks else (told["value"], told["low"], told["high"])
     how = "measured" if peaks else "predicted"
-    bars.append(bar("memory", "MiB", *memory, how, budget["max_memory_mib"], at_least=False))
+    found.append(bar("memory", "MiB", *memory, how, budget["max_memory_mib"], at_least=False))
     size = sum(file["bytes"] for file in chosen["files"].values()) / MIB
-    bars.append(bar("file", "MiB", size, size, size, "measured", budget["max_file_mib"], at_least=False))
+    found.append(bar("file", "MiB", size, size, size, "measured", budget["max_file_mib"], at_least=False))
     if prefill := chosen["predicted"]["prefill_tps"]:
         first = (PROMPT / prefill["value"], PROMPT / prefill["high"], PROMPT / prefill["low"])
-        bars.append(bar(f"first token after {PROMPT}", "s", *first, "predicted", None, at_least=False))
-    return bars
+        found.append(bar(f"first token after {PROMPT}", "s", *first, "predicted", None, at_least=False))
+    return found
 
 
 def _row(candidate: Json, *, by_kl: bool, chosen: bool) -> dict[str, Any]:

@@ -7,21 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from edgeprune.checkpoint import Checkpoint
+from edgeprune.checkpoint import TOKENIZER_FILES, Checkpoint
 from edgeprune.files import read_json, write_json, write_text
 from edgeprune.shape import ModelShape
 
 GENAI_CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
-_OTHER_TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def write_bundle(checkpoint: Checkpoint, shape: ModelShape, out: Path, *, context: int) -> None:
@@ -33,8 +24,8 @@ def write_bundle(checkpoint: Checkpoint, shape: ModelShape, out: Path, *, contex
     tokenizer = checkpoint.folder / TOKENIZER
     if tokenizer.is_file():
         write_text(out / TOKENIZER, json.dumps(with_plain_decoder(read_json(tokenizer)), ensure_ascii=False))
-    for name in _OTHER_TOKENIZER_FILES:
-        if (checkpoint.folder / name).is_file():
+    for name in TOKENIZER_FILES:
+        if name != TOKENIZER and (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, out / name)
     # auto_map names code to run at load: what we write never asks for that
     write_json(out / "config.json", {k: v for k, v in checkpoint.config.items() if k != "auto_map"})

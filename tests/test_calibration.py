@@ -6,10 +6,11 @@ import gzip
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
-from edgeprune.calibration import mean_nll, read_texts, self_generated, text_set
+from edgeprune.calibration import licence_of, mean_nll, read_texts, self_generated, text_set
 from edgeprune.errors import BadInput
 from edgeprune.models import Model
 
@@ -81,3 +82,16 @@ def test_bad_files_say_where_and_what(tmp_path: Path, name: str, content: bytes,
 def test_a_name_that_is_no_file_and_no_dataset(tiny: Model) -> None:
     with pytest.raises(BadInput, match="hub dataset"):
         text_set(tiny, "nobody/no-such-dataset", count=1, length=8)
+
+
+def test_the_licence_of_a_text_is_what_stands_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Hello.")
+    assert licence_of(str(text)) is None
+    (tmp_path / "text.txt.license").write_text("SPDX-FileCopyrightText: A\nSPDX-License-Identifier: CC-BY-SA-4.0\n")
+    assert licence_of(str(text)) == "CC-BY-SA-4.0"
+
+    card = huggingface_hub.DatasetCard("---\nlicense: odc-by\n---\n# C4\n")
+    monkeypatch.setattr(huggingface_hub.DatasetCard, "load", lambda name: card if name == "a/c4" else 1 / 0)
+    assert licence_of("a/c4:en") == "odc-by"
+    assert licence_of("a/unknown") is None

@@ -60,6 +60,25 @@ def test_the_page_shows_what_the_record_says(run: Path) -> None:
     assert "http://" not in text and "https://" not in text, "the page stands alone"
 
 
+def test_the_page_the_markdown_and_the_model_card_carry_the_same_figures(run: Path) -> None:
+    shown = view(run)
+    html, markdown, card = ((run / name).read_text() for name in ("report.html", "report.md", "best/MODEL_CARD.md"))
+    bars = {each["label"]: each for each in shown["bars"]}
+    assert list(bars) == ["decode", "memory", "file", "first token after 512"]
+    for each in bars.values():
+        assert number(each["value"]) in html and number(each["value"]) in markdown
+    assert (
+        f"| memory, MiB | {bars['memory']['value']:.1f} |" in card
+        and f"| file, MiB | {bars['file']['value']:.1f}" in card
+    )
+    assert f"| first token after 512, s | {bars['first token after 512']['value']:.2f} |" in card
+    quality = shown["chosen"]["quality"]
+    for mean, digits in ((quality["kl_nats"]["mean"], 4), (quality["bits_per_byte"], 3)):
+        assert f"{mean:.{digits}f}" in markdown and f"{mean:.4f}" in card
+    for file in shown["files"].values():
+        assert file["sha256"] in html and file["sha256"] in markdown
+
+
 @pytest.mark.parametrize("width, scheme", [(1100, "light"), (390, "dark")])
 def test_in_a_browser(run: Path, pages: Pages, width: int, scheme: str) -> None:
     page = pages.open((run / "report.html").as_uri(), width=width, scheme=scheme)

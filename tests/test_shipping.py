@@ -188,6 +188,34 @@ def test_stock_transformers_loads_what_huggingface_gets(uniform: Path, tmp_path:
     assert verify(folder).ok
 
 
+def test_push_uploads_what_was_shipped(uniform: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the hub's own client, with the two calls that reach the network taken down."""
+    import huggingface_hub
+
+    asked: list[tuple[str, Any]] = []
+
+    def create(_self: Any, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        asked.append((repo_id, (private, exist_ok)))
+
+    def upload(_self: Any, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        asked.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    command = ["ship", str(uniform), "--to", "huggingface", "--push", "me/small", "--out", str(tmp_path), "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["hub"] == "https://huggingface.co/me/small"
+    assert asked[0] == ("me/small", (True, True)) and "model.safetensors" in asked[1][1] and "README.md" in asked[1][1]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("401 Client Error")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    refused = CliRunner().invoke(app, [*command[:-3], "--out", str(tmp_path / "again")])
+    assert isinstance(refused.exception, BadInput) and "hf auth login" in str(refused.exception)
+
+
 def test_layers_that_differ_are_shipped_with_their_loader_named(run: Path, tmp_path: Path) -> None:
     folder = ship(run, "huggingface", tmp_path / "out")
     assert "from edgeprune import load_checkpoint" in (folder / "README.md").read_text()

@@ -16,15 +16,6 @@ from edgeprune.shipping.run import Bundle, Run, Say
 
 BUNDLE_JSON = "bundle.json"
 TIMEOUT_S = 1800.0  # of measuring a file
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def provenance(run: Run, bundle: Bundle, target: str) -> dict[str, Any]:
         "plan": facts["plan"],
         "quantisation": facts["quantisation"],
         "data": {
-            # Text that the model wrote is under no other terms than the model; what a file's terms are, nothing says.
+            # Text that the model wrote is under no other terms than the model.
             "calibration": _data(record["calibration"]),
             "recovery": {"seconds": facts["plan"]["recovery_s"], **_data(record["calibration"])}
             if facts["plan"]["recovery_s"]
@@ -39,7 +39,10 @@ def _data(source: dict[str, Any]) -> dict[str, Any]:
     from edgeprune.calibration import SELF_GENERATED
 
     own = str(source["source"]).startswith(SELF_GENERATED)
-    return {**source, "licence": "as the base model's: it wrote the text" if own else "not stated"}
+    return {
+        **source,
+        "licence": "as the base model's: it wrote the text" if own else source.get("licence") or "not stated",
+    }
 
 
 def write_licence(run: Run, bundle: Bundle, out: Path) -> None:

@@ -10,10 +10,11 @@ import tempfile
 from pathlib import Path
 
 from edgeprune.bundle import chat_template
+from edgeprune.checkpoint import TOKENIZER_FILES
 from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_text
 from edgeprune.imatrix import provide_imatrix
-from edgeprune.shipping.job import TOKENIZER_FILES, Entry, Job
+from edgeprune.shipping.job import Entry, Job
 
 MODEL = "model.pte"
 DEFAULT = "int4"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from edgeprune.checkpoint import TOKENIZER_FILES
 from edgeprune.errors import BadInput
 from edgeprune.export.onnx_bundle import GENAI_CONFIG
 from edgeprune.export.onnx_graph import Layout
-from edgeprune.shipping.job import TOKENIZER_FILES, Entry, Job
+from edgeprune.shipping.job import Entry, Job
 
 
 def write(job: Job) -> list[Entry]:
@@ -15,7 +16,9 @@ def write(job: Job) -> list[Entry]:
         BadInput: the run has no genai_config.json.
     """
     layout = Layout()
-    copied = job.copy(layout.model, layout.data, GENAI_CONFIG, "config.json", *TOKENIZER_FILES)
+    copied = job.copy(
+        layout.model, layout.data, GENAI_CONFIG, "config.json", *TOKENIZER_FILES, "generation_config.json"
+    )
     if GENAI_CONFIG not in copied:
         raise BadInput(f"no {GENAI_CONFIG}", where=job.bundle.folder, remedy="run `edgeprune fit` again")
     job.write_bundle_json(layout.model)

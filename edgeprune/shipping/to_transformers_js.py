@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.bundle import chat_template
+from edgeprune.checkpoint import TOKENIZER_FILES
 from edgeprune.export.onnx_bundle import with_plain_decoder
 from edgeprune.export.onnx_graph import LOGITS_KEPT, Layout, write_graph
 from edgeprune.files import read_json, write_json, write_text
 from edgeprune.per_layer import KEY
-from edgeprune.shipping.job import TOKENIZER_FILES, Entry, Job, generation_facts
+from edgeprune.shipping.job import Entry, Job, generation_facts
 
 FOLDER = "onnx"
 VERSION = "4.3.1"  # of the library that the bundles were tried with
