@@ -25,15 +25,14 @@ def command_reference() -> str:
     return text.replace("**Usage**:\n\n```console\n", "```console\n")
 
 
-def on_config(config: Any) -> Any:
+def on_startup(command: str, dirty: bool) -> None:
     """Lay the package out as an installed one: what reads docstrings follows no import hooks."""
-    root = Path(config.config_file_path).parent
+    root = Path(__file__).parents[1]
     package = root / "build" / "documented" / "edgeprune"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(root / "edgeprune", package)
     for name in ("export", "runtimes", "profiles"):
         shutil.copytree(root / name, package / name)
-    return config
 
 
 def on_files(files: Files, config: Any) -> Files:

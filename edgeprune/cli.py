@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import json
 import logging
 import os
 import sys
+import threading
 import warnings
 from functools import partial
 from pathlib import Path
@@ -312,9 +314,23 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def keep_interrupts() -> None:
+    """Send a Ctrl-C again that came while a C library called back into Python, where ctypes drops what is raised."""
+    before = sys.unraisablehook
+
+    def look(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = look
+
+
 def main() -> None:
     """Run the command line and exit with the code that its outcome has."""
     _quiet_libraries()
+    keep_interrupts()
     try:
         app()
     except EdgepruneError as error:

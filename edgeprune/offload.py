@@ -54,7 +54,7 @@ def split(room: float, *, read: float, cache: float, head: float, n_layers: int)
         return Split(ALL_LAYERS, n_layers, read + cache, 1.0)
     if head > room:
         return Split(0, 0, 0.0, 0.0)
-    layers = min(int((room - head) / layer), n_layers - 1) if layer else n_layers
+    layers = min(int((room - head) / layer), n_layers - 1) if layer else n_layers - 1
     held = head + layers * layer
     return Split(layers + 1, layers, held, held / (read + cache))
 

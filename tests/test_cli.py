@@ -210,6 +210,24 @@ edgeprune.cli.main()
     assert result.stderr.startswith("error: ") and result.stderr.count('pip install "edgeprune[prune]"') == 1
 
 
+def test_an_interrupt_inside_a_callback_of_a_c_library_is_not_lost() -> None:
+    script = """
+import ctypes, os, signal, time
+from edgeprune.cli import keep_interrupts
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+keep_interrupts()
+ctypes.CFUNCTYPE(None)(lambda: os.kill(os.getpid(), signal.SIGINT))()
+try:
+    time.sleep(20)
+    print("lost")
+except KeyboardInterrupt:
+    print("kept")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "kept\n"
+
+
 def test_an_interrupted_fit_goes_on_where_it_stopped(tiny_folder: Path, tmp_path: Path) -> None:
     """Ctrl-C once the first trial is on disk: exit code 130, one line; the next run keeps that trial."""
     command = ["fit", "--model", tiny_folder, "--device", "rpi5", "--context", "128", "--out", "run", "--quant"]
