@@ -19,7 +19,7 @@ To = Annotated[
     typer.Option(
         "--to",
         help="Target, once for each or by commas: gguf, ollama, onnxruntime-genai, transformers.js[:q4,q8,fp16], "
-        "huggingface, android, ios, executorch[:int8].",
+        "huggingface, android[:onnx], ios[:onnx], executorch[:int8].",
         show_default=False,
         metavar="TARGET",
     ),

@@ -41,7 +41,7 @@ def test_the_wheel_has_every_module_and_what_they_read(wheel: Path) -> None:
     for folder in ("edgeprune", "export", "runtimes", "profiles"):
         prefix = "" if folder == "edgeprune" else "edgeprune/"
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".toml", ".jinja", ".html", ".typed"}:
+            if path.suffix in {".py", ".toml", ".jinja", ".html", ".ts", ".typed"}:
                 assert prefix + path.relative_to(ROOT).as_posix() in inside
     assert not [name for name in inside if name.startswith(("tests", "benchmarks", "docs"))]
 

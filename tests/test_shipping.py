@@ -265,6 +265,36 @@ def test_the_loader_is_typescript_that_llama_rn_takes(run: Path, tmp_path: Path)
             assert done.returncode == wanted, done.stdout
 
 
+def test_the_loader_for_onnx_runtime_says_what_was_proved(run: Path, tmp_path: Path, npm: Path) -> None:
+    """Checked against the mobile build's types, and run in Node, whose build has the same interface."""
+    folder = ship(run, "android:onnx", tmp_path / "out")
+    place = folder / "android/app/src/main/assets/model"
+    assert {"model.onnx", "model.onnx.data", "tokenizer.json", "bundle.json"} <= {path.name for path in place.iterdir()}
+    tools = installed_by_npm("onnxruntime-rn-1.24.3", "onnxruntime-react-native@1.24.3", "typescript@5.9.3")
+    own = tmp_path / "check"
+    own.mkdir()
+    (own / "node_modules").symlink_to(tools / "node_modules")
+    shutil.copyfile(folder / "loadModel.ts", own / "loadModel.ts")
+    tsc = [str(tools / "node_modules" / ".bin" / "tsc"), "--strict", "--skipLibCheck", "--module", "esnext"]
+    options = ["--moduleResolution", "bundler", "--target", "es2022"]
+    done = subprocess.run([*tsc, *options, "loadModel.ts"], cwd=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+    (proof,) = read_proofs(folder)
+    script = (own / "loadModel.js").read_text()
+    mobile = "import { InferenceSession, Tensor } from 'onnxruntime-react-native'"
+    assert mobile in script
+    script = script.replace(mobile, "import ort from 'onnxruntime-node'; const { InferenceSession, Tensor } = ort")
+    asked = (
+        f"{json.dumps(str(place / 'model.onnx'))}), {json.dumps(proof.prompt_tokens)}, () => {{}}, {len(proof.tokens)}"
+    )
+    script += f"\nconsole.log(JSON.stringify(await answer(await loadModel({asked})))\n"
+    (npm / "answer.mjs").write_text(script)
+    ran = subprocess.run(["node", "answer.mjs"], cwd=npm, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout.splitlines()[-1]) == list(proof.tokens)
+
+
 # transformers.js
 
 
@@ -343,6 +373,7 @@ def test_wrong_use_is_told_in_a_line(run: Path, uniform: Path, chat_model: Path,
         (run, "gguv", "did you mean 'gguf'"),
         (run, "transformers.js:q5", "unknown option"),
         (run, "gguf:q4", "takes no options"),
+        (run, "ios:gguf,onnx", "one kind of file"),
         (uniform, "onnxruntime-genai", "--quant int4"),
     ]
     for folder, to, message in cases:

@@ -58,8 +58,10 @@ TARGETS: dict[str, Target] = {
         "to_transformers_js", "graphs for the browser and Node, with a page", options=("q4", "q8", "fp16")
     ),
     "huggingface": Target("to_huggingface", "safetensors and a model card, for transformers and the hub"),
-    "android": Target("to_mobile", "assets and a loader for an Android app", "llamacpp", function="write_android"),
-    "ios": Target("to_mobile", "resources and a loader for an iOS app", "llamacpp", function="write_ios"),
+    "android": Target(
+        "to_mobile", "assets and a loader for an Android app", "llamacpp", ("gguf", "onnx"), "write_android"
+    ),
+    "ios": Target("to_mobile", "resources and a loader for an iOS app", "llamacpp", ("gguf", "onnx"), "write_ios"),
     "executorch": Target("to_executorch", "a program for ExecuTorch's text runner", options=("int4", "int8")),
 }
 
