@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.errors import BadInput
+
 Logits = NDArray[np.float32]
 Tokens = NDArray[np.int64] | Sequence[int]
 
@@ -43,6 +45,20 @@ class Runtime(Protocol):
     def close(self) -> None:
         """Free the model."""
         ...
+
+
+def checked(tokens: Tokens, *, n_past: int, n_ctx: int, n_vocab: int, where: object) -> NDArray[np.int64]:
+    """`tokens` as an array, (T,), that a runtime with `n_past` tokens in its cache may be given.
+
+    Raises:
+        BadInput: the context is full, or a token is not in the vocabulary.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    if n_past + len(ids) > n_ctx:
+        raise BadInput(f"the context of {n_ctx} tokens is full", where=where, remedy="use a larger n_ctx")
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
+        raise BadInput(f"a token is not in the vocabulary of {n_vocab}", where=where)
+    return ids
 
 
 def generate(runtime: Runtime, prompt: Sequence[int], n_new: int, *, stop: Collection[int] = ()) -> Iterator[int]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import read_json
-from edgeprune.runtimes.base import Logits, Tokens
+from edgeprune.runtimes.base import Logits, Tokens, checked
 from edgeprune.runtimes.onnx_file import model_file, summary
 from edgeprune.runtimes.settings import Setting, Value, Values, check
 from edgeprune.runtimes.tokenizer_file import TokenizerFile
@@ -122,14 +122,10 @@ class OnnxRuntime:
         Raises:
             BadInput: the context is full, or a token is not in the vocabulary.
         """
-        ids = np.asarray(tokens, dtype=np.int64)
+        ids = checked(tokens, n_past=self.n_past, n_ctx=self.n_ctx, n_vocab=self.n_vocab, where=self.path)
         count = len(ids)
         if not count:
             return np.empty((0, self.n_vocab), np.float32)
-        if self.n_past + count > self.n_ctx:
-            raise BadInput(f"the context of {self.n_ctx} tokens is full", where=self.path, remedy="use a larger n_ctx")
-        if int(ids.min()) < 0 or int(ids.max()) >= self.n_vocab:
-            raise BadInput(f"a token is not in the vocabulary of {self.n_vocab}", where=self.path)
         stop = self.n_past + count
         self._ids[0, :count] = ids
         self._bind("input_ids", self._ids[:, :count])

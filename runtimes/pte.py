@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edgeprune.errors import BadInput, missing_extra
-from edgeprune.runtimes.base import Logits, Tokens
+from edgeprune.runtimes.base import Logits, Tokens, checked
 from edgeprune.runtimes.tokenizer_file import TokenizerFile
 
 _MAGIC = b"ET12"  # at byte 4: the identifier of the flatbuffer's schema
@@ -73,13 +73,9 @@ class ExecuTorch:
         Raises:
             BadInput: the context is full, or a token is not in the vocabulary.
         """
-        ids = np.asarray(tokens, dtype=np.int64)
+        ids = checked(tokens, n_past=self.n_past, n_ctx=self.n_ctx, n_vocab=self.n_vocab, where=self.path)
         if not len(ids):
             return np.empty((0, self.n_vocab), np.float32)
-        if self.n_past + len(ids) > self.n_ctx:
-            raise BadInput(f"the context of {self.n_ctx} tokens is full", where=self.path, remedy="use a larger n_ctx")
-        if int(ids.min()) < 0 or int(ids.max()) >= self.n_vocab:
-            raise BadInput(f"a token is not in the vocabulary of {self.n_vocab}", where=self.path)
         step = self._chunk if last_only else 1
         found = [self._call(ids[at : at + step]) for at in range(0, len(ids), step)]
         return found[-1] if last_only else np.concatenate(found)

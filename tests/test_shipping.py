@@ -3,12 +3,17 @@ transformers.js in Node and in Chromium."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import json
+import os
 import shutil
+import socket
 import subprocess
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +153,36 @@ def test_go_renders_ollamas_template_as_the_models(run: Path, tmp_path: Path) ->
     found = go_templates.rendered(jobs, tmp_path / "go")
     for render, (_, conversations), texts in zip(renders, jobs, found, strict=True):
         assert texts == [render(conversation, True) for conversation in conversations]
+
+
+@pytest.mark.skipif(shutil.which("ollama") is None, reason="no Ollama")
+def test_ollama_takes_the_folder_and_answers(run: Path, tmp_path: Path) -> None:
+    """Interface: https://github.com/ollama/ollama/blob/main/docs/api.md."""
+    folder = ship(run, "ollama", tmp_path / "out")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"OLLAMA_HOST": host, "OLLAMA_MODELS": str(tmp_path / "models")}
+
+    def ask(path: str, **body: Any) -> dict[str, Any]:
+        request = urllib.request.Request(f"http://{host}/api/{path}", json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return dict(json.load(answer))
+
+    with subprocess.Popen(["ollama", "serve"], env=environment, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(100):
+                with contextlib.suppress(OSError), socket.create_connection(host.split(":"), timeout=1):
+                    break
+                time.sleep(0.1)
+            command = ["ollama", "create", "small", "-f", "Modelfile"]
+            subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+            assert ask("show", model="small")["template"] in (folder / "Modelfile").read_text()
+            options = {"temperature": 0, "num_predict": 8}
+            messages = [{"role": "user", "content": "Hello."}]
+            assert ask("chat", model="small", messages=messages, options=options, stream=False)["eval_count"] > 0
+        finally:
+            server.terminate()
 
 
 def test_the_token_that_llama_cpp_adds_is_not_written_twice() -> None:
