@@ -13,7 +13,7 @@ from edgeprune.metrics import Interval
 from edgeprune.quality import Quality
 from edgeprune.record import Trial
 from edgeprune.report_chart import pareto_front
-from edgeprune.report_page import PAGE, bars, number, write_page
+from edgeprune.report_page import PAGE, bars, chosen_of, number, write_page
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitResult
@@ -269,15 +269,10 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
     write_page([result.out], result.out / PAGE)
 
 
-def _chosen(record: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = next(each for each in record["candidates"] if each["name"] == record["chosen"])
-    return found
-
-
 def _budget_rows(record: dict[str, Any]) -> list[list[str]]:
     """The figures of report.html's bars."""
     rows = []
-    for each in bars(_chosen(record), record["budget"]):
+    for each in bars(chosen_of(record), record["budget"]):
         asked = "" if each["limit"] is None else f"{'≥' if each['at_least'] else '≤'} {each['limit']:g}"
         spread = f" ({number(each['low'])}–{number(each['high'])})" if each["high"] > each["low"] else ""
         rows.append([f"{each['label']}, {each['unit']}", asked, number(each["value"]) + spread, each["kind"]])
@@ -285,7 +280,7 @@ def _budget_rows(record: dict[str, Any]) -> list[list[str]]:
 
 
 def _file_rows(record: dict[str, Any]) -> list[list[str]]:
-    files = _chosen(record)["files"].items()
+    files = chosen_of(record)["files"].items()
     return [[name, f"{file['bytes']:,}", f"`{file['sha256']}`"] for name, file in files]
 
 

@@ -71,7 +71,7 @@ def view(folder: Path) -> dict[str, Any]:
     if record.get("schema_version") != SCHEMA_VERSION:
         raise BadInput("a record of another version", where=folder / "fit.json", remedy="run `edgeprune fit` again")
     candidates = record["candidates"]
-    chosen = next(each for each in candidates if each["name"] == record["chosen"])
+    chosen = chosen_of(record)
     dense = next((each for each in candidates if each["plan"]["reached_ratio"] == 0), chosen)
     measured = [each for each in candidates if each.get("quality")]
     by_kl = all("kl_nats" in each["quality"] for each in measured)
@@ -95,6 +95,12 @@ def view(folder: Path) -> dict[str, Any]:
         "samples": record.get("samples", []),
         "files": chosen["files"],
     }
+
+
+def chosen_of(record: Json) -> Json:
+    """The candidate that a record says was chosen."""
+    found: Json = next(each for each in record["candidates"] if each["name"] == record["chosen"])
+    return found
 
 
 def _distance(candidate: Json, *, by_kl: bool) -> Json:

@@ -138,4 +138,4 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     commands = (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
     assert "edgeprune devices measure" in commands and "--max-memory" in commands
     functions = (tmp_path / "site" / "reference" / "python" / "index.html").read_text()
-    assert "LayerShape" in functions or "min_tokens_per_s" in functions
+    assert "min_tokens_per_s" in functions and "head_l1" in functions

@@ -283,10 +283,15 @@ def installed_by_npm(name: str, *packages: str) -> Path:
     return folder
 
 
+def compiled(tools: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """loadModel.ts in `folder` checked and made JavaScript, by the compiler that npm put into `tools`."""
+    tsc = [str(tools / "node_modules" / ".bin" / "tsc"), "--strict", "--skipLibCheck", "--module", "esnext"]
+    options = ["--moduleResolution", "bundler", "--target", "es2022", "loadModel.ts"]
+    return subprocess.run([*tsc, *options], cwd=folder, capture_output=True, text=True, check=False)
+
+
 def test_the_loader_is_typescript_that_llama_rn_takes(run: Path, tmp_path: Path) -> None:
     tools = installed_by_npm("llama.rn-0.12.9", "llama.rn@0.12.9", "typescript@5.9.3")
-    tsc = [str(tools / "node_modules" / ".bin" / "tsc"), "--noEmit", "--strict", "--skipLibCheck"]
-    options = ["--module", "esnext", "--moduleResolution", "bundler", "--target", "es2022"]
     for to in ("android", "ios"):
         source = (ship(run, to, tmp_path / to) / "loadModel.ts").read_text()
         own = tmp_path / f"{to}-check"
@@ -294,9 +299,7 @@ def test_the_loader_is_typescript_that_llama_rn_takes(run: Path, tmp_path: Path)
         (own / "node_modules").symlink_to(tools / "node_modules")
         for text, wanted in ((source, 0), (source.replace("n_ctx:", "n_context:"), 2)):
             (own / "loadModel.ts").write_text(text)
-            done = subprocess.run(
-                [*tsc, *options, "loadModel.ts"], cwd=own, capture_output=True, text=True, check=False
-            )
+            done = compiled(tools, own)
             assert done.returncode == wanted, done.stdout
 
 
@@ -310,9 +313,7 @@ def test_the_loader_for_onnx_runtime_says_what_was_proved(run: Path, tmp_path: P
     own.mkdir()
     (own / "node_modules").symlink_to(tools / "node_modules")
     shutil.copyfile(folder / "loadModel.ts", own / "loadModel.ts")
-    tsc = [str(tools / "node_modules" / ".bin" / "tsc"), "--strict", "--skipLibCheck", "--module", "esnext"]
-    options = ["--moduleResolution", "bundler", "--target", "es2022"]
-    done = subprocess.run([*tsc, *options, "loadModel.ts"], cwd=own, capture_output=True, text=True, check=False)
+    done = compiled(tools, own)
     assert done.returncode == 0, done.stdout
 
     (proof,) = read_proofs(folder)

@@ -105,6 +105,16 @@ class Job:
                 raise unknown("option of this target", option, known)
         return self.options or tuple(known)
 
+    def option(self, default: str) -> str:
+        """The one option asked for; `default` without any.
+
+        Raises:
+            BadInput: several.
+        """
+        if len(self.options) > 1:
+            raise BadInput(f"one kind of file goes into one folder, found {', '.join(self.options)}")
+        return self.options[0] if self.options else default
+
 
 def generation_facts(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's generation_config.json, or its config's special tokens."""

@@ -11,13 +11,11 @@ from pathlib import Path
 
 from edgeprune.bundle import chat_template
 from edgeprune.checkpoint import TOKENIZER_FILES
-from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_text
 from edgeprune.imatrix import provide_imatrix
 from edgeprune.shipping.job import Entry, Job
 
 MODEL = "model.pte"
-DEFAULT = "int4"
 
 
 def write(job: Job) -> list[Entry]:
@@ -28,9 +26,7 @@ def write(job: Job) -> list[Entry]:
     """
     from edgeprune.export.pte_writer import write_pte
 
-    if len(job.options) > 1:
-        raise BadInput(f"one precision makes one program, found {', '.join(job.options)}")
-    precision = job.options[0] if job.options else DEFAULT
+    precision = job.option("int4")
     checkpoint = job.checkpoint
     bos = read_json(checkpoint / "config.json").get("bos_token_id")
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune.checkpoint import TOKENIZER_FILES, Checkpoint
-from edgeprune.errors import BadInput
 from edgeprune.export.onnx_graph import LOGITS_KEPT, Layout, write_graph
 from edgeprune.files import write_text
 from edgeprune.shipping.job import BUNDLE_JSON, Entry, Job
@@ -53,10 +52,8 @@ def write_ios(job: Job) -> list[Entry]:
 
 
 def _write(job: Job, place: Place) -> list[Entry]:
-    if len(job.options) > 1:
-        raise BadInput(f"one kind of file for one app, found {', '.join(job.options)}")
+    write = _onnx if job.option("gguf") == "onnx" else _gguf
     (job.out / place.folder).mkdir(parents=True)
-    write = _onnx if job.options == ("onnx",) else _gguf
     entry, loader = write(job, place)
     (job.out / BUNDLE_JSON).rename(job.out / place.folder / BUNDLE_JSON)
     write_text(job.out / LOADER, loader)
