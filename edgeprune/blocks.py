@@ -23,6 +23,7 @@ from edgeprune.heterogeneous import layer_module, stock_skeleton
 
 Half = Literal["attention", "mlp"]
 HALVES: tuple[Half, ...] = ("attention", "mlp")
+_WINDOWS_AT_ONCE = 32  # embedded together
 # The role of the projection that ends a half, and of the norms around it.
 _ROLES: Mapping[Half, tuple[str, str, str]] = {
     "attention": ("output", "attention_norm", "attention_post_norm"),
@@ -47,6 +48,13 @@ class Block:
     def __init__(self, module: nn.Module, family: Family, call: Mapping[str, Any]) -> None:
         self.module, self.family, self._call = module, family, call
         self._attention: dict[str, Any] | None = None
+
+    def __call__(self, residual: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the layer, (windows, length, hidden), float32; it can be differentiated."""
+        low = any(parameter.dtype is torch.bfloat16 for parameter in self.module.parameters())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            after: torch.Tensor | tuple[torch.Tensor, ...] = self.module(residual, **self._call)
+        return after[0] if isinstance(after, tuple) else after
 
     def projection(self, half: Half) -> nn.Linear:
         """The projection that ends a half."""
@@ -180,14 +188,15 @@ class LayeredModel:
         checkpoint: the folder.
         dtype: number format in which matrices run: bfloat16 is twice as fast where the processor has it and adds
             noise of 0.4 %, float32 is exact. The residual stream and norms are float32.
+        uneven: whether layers may differ from each other, or lack a half: then they can be run, but not pruned.
 
     Raises:
         BadInput: a checkpoint whose layers differ already, or that transformers cannot configure.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, uneven: bool = False) -> None:
         self.checkpoint, self.shape, self.dtype = checkpoint, checkpoint.shape, dtype
-        if not self.shape.uniform:
+        if not self.shape.uniform and not uneven:
             raise BadInput("layers differ already", where=checkpoint.folder, remedy="give the dense model")
         self.family = self.shape.family
         try:
@@ -201,7 +210,7 @@ class LayeredModel:
         self._skeleton.set_submodule(self.family.layers, nn.ModuleList(self._recorders))
         self._calls: list[dict[str, Any]] = []
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the first layer.
 
@@ -218,11 +227,12 @@ class LayeredModel:
         result = []
         try:
             self._skeleton.set_submodule(path, nn.Identity())
-            for window in ids:  # one at a time: what layers are called with then fits a batch of any size
-                body(input_ids=window[None], use_cache=False)
+            for part in torch.split(ids, _WINDOWS_AT_ONCE):
+                body(input_ids=part, use_cache=False)
                 hidden = self._recorders[0].hidden
                 assert hidden is not None
                 result.append(hidden)
+            body(input_ids=ids[:1], use_cache=False)  # what layers are called with then fits a batch of any size
         finally:
             self._skeleton.set_submodule(path, norm)
             embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -248,6 +258,7 @@ class LayeredModel:
                 )
             state[name] = tensor.to(self.dtype) if tensor.ndim > 1 else tensor
         module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)
         for each in module.modules():  # biases beside bfloat16 matrices must be bfloat16 too; norms stay float32
             if isinstance(each, nn.Linear) and each.bias is not None:
                 each.bias = nn.Parameter(each.bias.to(self.dtype), requires_grad=False)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from edgeprune.errors import BadInput, missing_extra
+from edgeprune.corpus import TEXT_FIELDS, hub_records, record_text
+from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.importance import text_hash
 from edgeprune.models import Model
@@ -29,19 +30,6 @@ HELD_OUT_SEED = 1 << 20  # of text to judge on: far from any seed that calibrati
 _PREFIX_TOKENS = 2  # random words the model continues: enough to vary the topic
 _SURPLUS = 1.5  # texts written for each text kept; those of highest perplexity go
 _ROWS_AT_ONCE = 48  # texts written side by side: one read of the weights serves them all
-_TEXT_FIELDS = (
-    "text",
-    "content",
-    "instruction",
-    "question",
-    "context",
-    "input",
-    "prompt",
-    "response",
-    "output",
-    "answer",
-)
-
 Progress = Callable[[int, int], None]
 
 
@@ -64,21 +52,36 @@ class TextSet:
         return text_hash(self.ids)
 
 
-def record_text(record: Any) -> str:
-    """The text of one JSON record: its known fields, joined in the record's order."""
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, dict):
-        return ""
-    return "\n".join(v for k, v in record.items() if k in _TEXT_FIELDS and isinstance(v, str) and v)
-
-
 def read_texts(path: Path) -> Iterator[str]:
     """Texts of a .txt file (whole), or of the records of a .jsonl, .jsonl.gz or .json (list) file.
 
     Raises:
         BadInput: unreadable, no UTF-8, broken JSON (with its line), or no text in it.
     """
+    return (text for text, _ in read_weighted(path))
+
+
+def read_weighted(path: Path) -> Iterator[tuple[str, float]]:
+    """The same texts with what each counts for: the number in a record's field "weight", else 1.
+
+    Raises:
+        BadInput: as `read_texts`, or a weight that is no number above 0.
+    """
+    found = False
+    for number, record in enumerate(_records(path), start=1):
+        if text := record_text(record):
+            weight = record.get("weight", 1.0) if isinstance(record, dict) else 1.0
+            if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+                raise BadInput(f"record {number} has weight {weight!r}", where=path, remedy="give a number above 0")
+            found = True
+            yield text, float(weight)
+    if not found:
+        fields = ", ".join(TEXT_FIELDS)
+        raise BadInput(f"it is empty, or no record has a text field ({fields})", where=path)
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """What a file holds: JSON values, or the text of a text file as one."""
     try:
         if path.suffix == ".gz":
             raw = gzip.decompress(path.read_bytes()).decode("utf-8")
@@ -86,55 +89,23 @@ def read_texts(path: Path) -> Iterator[str]:
             raw = path.read_text(encoding="utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the text ({error})", where=path, remedy="give UTF-8 text or JSONL") from error
-    suffixes = path.suffixes
-    if ".jsonl" in suffixes:
-        found = False
+    if ".jsonl" in path.suffixes:
         for number, line in enumerate(raw.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                text = record_text(json.loads(line))
-            except ValueError as error:
-                raise BadInput(f"line {number} is not JSON ({error})", where=path) from error
-            if text:
-                found = True
-                yield text
-        if not found:
-            raise BadInput(f"no record has a text field ({', '.join(_TEXT_FIELDS)})", where=path)
-        return
-    if ".json" in suffixes:
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise BadInput(f"line {number} is not JSON ({error})", where=path) from error
+    elif ".json" in path.suffixes:
         try:
             records = json.loads(raw)
         except ValueError as error:
             raise BadInput(f"not JSON ({error})", where=path) from error
-        texts = [text for record in records if (text := record_text(record))] if isinstance(records, list) else []
-        if not texts:
+        if not isinstance(records, list):
             raise BadInput("expected a list of records with text", where=path)
-        yield from texts
-        return
-    if not raw.strip():
-        raise BadInput("the text is empty", where=path)
-    yield raw
-
-
-def _hub_texts(name: str) -> Iterator[str]:
-    """Texts of the training split of a hub dataset, streamed; `name` may end in `:config`."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_extra("datasets", "eval") from error
-    repository, _, config = name.partition(":")
-    try:
-        stream = datasets.load_dataset(repository, config or None, split="train", streaming=True)
-        for record in stream:
-            if text := record_text(record):
-                yield text
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(
-            f"no file and no hub dataset of that name could be read ({type(error).__name__}: {error})",
-            where=name,
-            remedy="give a text or JSONL file, or leave the option out",
-        ) from error
+        yield from records
+    elif raw.strip():
+        yield raw
 
 
 def licence_of(source: str) -> str | None:
@@ -196,7 +167,7 @@ def text_set(
     if source is None:
         return self_generated(model, count=count, length=length, seed=seed, progress=progress)
     path = Path(source).expanduser()
-    texts = read_texts(path) if path.exists() else _hub_texts(source)
+    texts = read_texts(path) if path.exists() else filter(None, map(record_text, hub_records(source)))
     return take(model, texts, source, count=count, length=length)
 
 
@@ -228,22 +199,24 @@ def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _write(model: Model, module: Any, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """`rows` sampled continuations of random words at temperature 1, by `module`: (rows, length)."""
-    words = _start_words(model.tokenizer)
-    pick = torch.randint(len(words), (rows, _PREFIX_TOKENS), generator=generator)
-    tokens = [words[pick]]
+def continued(model: Model, writer: Any, tokens: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Texts that begin with `tokens`, (rows, begun), sampled at temperature 1: (rows, length).
+
+    Args:
+        model: whose tokenizer says which tokens are special: they are not drawn, so a text goes on to its length.
+        writer: the module that writes, `fast_copy` of the model's.
+        length: tokens of a text, the first ones among them.
+    """
     banned = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
-    cache = None
-    step = tokens[0]
-    for _ in range(length - _PREFIX_TOKENS):
-        result = module(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache, step, written = None, tokens, [tokens]
+    for _ in range(length - tokens.shape[1]):
+        result = writer(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = result.past_key_values
         logits = result.logits[:, -1].float()
-        logits[:, banned] = -torch.inf  # a text goes on to its length
+        logits[:, banned] = -torch.inf
         step = sample(logits, generator)
-        tokens.append(step)
-    return torch.cat(tokens, dim=1)
+        written.append(step)
+    return torch.cat(written, dim=1)
 
 
 @torch.inference_mode()
@@ -266,11 +239,13 @@ def self_generated(model: Model, *, count: int, length: int, seed: int, progress
         return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), ids, source)
     generator = torch.Generator().manual_seed(seed)
     writer = fast_copy(model.module)
+    words = _start_words(model.tokenizer)
     wanted = round(count * _SURPLUS)
     written: list[tuple[float, torch.Tensor]] = []
     while len(written) < wanted:
         rows = min(_ROWS_AT_ONCE, wanted - len(written))
-        for row in _write(model, writer, rows, length, generator):
+        begun = words[torch.randint(len(words), (rows, _PREFIX_TOKENS), generator=generator)]
+        for row in continued(model, writer, begun, length, generator):
             # Sampled ids are not always what the tokenizer would give for their text; the text decides.
             text = model.tokenizer.decode(row, skip_special_tokens=True)
             again = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"][:length])

@@ -20,6 +20,7 @@ from rich.markup import escape
 from edgeprune.cli_boards import boards_app
 from edgeprune.cli_ci import ci
 from edgeprune.cli_devices import devices_app
+from edgeprune.cli_distill import distill
 from edgeprune.cli_look import AsJson, doctor, inspect, predict
 from edgeprune.cli_measure import BoardName, Gate, Threads, bench, compare, evaluate
 from edgeprune.cli_measure import tune as tune_command
@@ -282,6 +283,7 @@ def export(
     console.print(f"written to {out} ({look(out).file_bytes / (1 << 20):.1f} MiB)", soft_wrap=True)
 
 
+app.command()(distill)
 app.command()(prune)
 app.command()(recover)
 app.command()(vocabulary)

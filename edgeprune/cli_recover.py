@@ -37,7 +37,16 @@ def recover(
     time: Annotated[str, typer.Option("--time", help="How long to train: 90s, 20m, 2h.")] = "20m",
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="Text to train on (.txt, .jsonl), once for each file. Default: the teacher's own."),
+        typer.Option(
+            "--text",
+            "--data",
+            help="Text to train on (.txt, .jsonl; what distil wrote, with its weights), once for each file. "
+            "Default: the teacher's own.",
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option("--held-out", help="Text to judge on. Default: a part of the text is left out for it."),
     ] = None,
     method: Annotated[
         str, typer.Option("--method", help="distil: from the teacher's distributions; lora: as AMP's authors did.")
@@ -60,7 +69,7 @@ def recover(
 
     import torch
 
-    from edgeprune.calibration import read_texts
+    from edgeprune.calibration import read_texts, read_weighted
     from edgeprune.errors import unknown
     from edgeprune.models import checkpoint_folder, resolve
     from edgeprune.recipe import RECIPES, Method
@@ -72,13 +81,16 @@ def recover(
     recipe = replace(usual, freeze_embedding=freeze_embedding, rate=rate or usual.rate, length=length or usual.length)
     if threads:
         torch.set_num_threads(threads)
+    given = [pair for path in text or () for pair in read_weighted(path)]
     with Stages() as stages:
         result = run(
             pruned,
             checkpoint_folder(resolve(teacher), say=lambda line: stages(line, 0, 0)),
             out,
             seconds=duration(time, "--time"),
-            text=[each for path in text for each in read_texts(path)] if text else None,
+            text=[each for each, _ in given] if text else None,
+            weights=[weight for _, weight in given] if any(weight != 1 for _, weight in given) else None,
+            held_out=[each for path in held_out for each in read_texts(path)] if held_out else None,
             method=cast("Method", method),
             recipe=recipe,
             seed=seed,

@@ -21,6 +21,7 @@ from edgeprune.bundle import CHECKPOINTS, Made, write_bundle
 from edgeprune.calibration import TextSet, held_out_text, licence_of, read_texts, text_set
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.corpus import corpus
 from edgeprune.damage import MEASURED_SHARES
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
@@ -62,7 +63,6 @@ from edgeprune.samples import side_by_side
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates
 from edgeprune.targets import Target, default_targets, target_for
-from edgeprune.vocabulary_counts import corpus
 from edgeprune.vocabulary_damage import SHARES
 from edgeprune.workshop import TIMEOUT_S, Workshop
 

@@ -124,6 +124,7 @@ class _Distillation(torch.autograd.Function):
         teacher: TopK | None,
         mix: Mix,
         softcap: float | None,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(weight, bias, softcap)
         n = len(hidden)
@@ -139,7 +140,8 @@ class _Distillation(torch.autograd.Function):
                 rows = slice(start, min(start + _ROWS, block.stop))
                 piece = logits[rows.start - block.start : rows.stop - block.start]
                 part = None if teacher is None else TopK(teacher.ids[rows], teacher.probs[rows], teacher.rest[rows])
-                gradient, kl_part, ce_part = _gradient(head.probs(piece), labels[rows], part, mix)
+                share = None if weights is None else weights[rows]
+                gradient, kl_part, ce_part = _gradient(head.probs(piece), labels[rows], part, mix, share)
                 kl += kl_part
                 ce += ce_part
                 if softcap is not None:
@@ -162,27 +164,30 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
-def _gradient(probs: Tensor, labels: Tensor, teacher: TopK | None, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient(
+    probs: Tensor, labels: Tensor, teacher: TopK | None, mix: Mix, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the weighted loss by the logits, (N, V), made in `probs` itself; sums of KL and cross-entropy."""
     own = labels[:, None]
-    ce = -probs.gather(-1, own).clamp_min(torch.finfo(probs.dtype).tiny).log().sum()
+    each = 1.0 if weights is None else weights
+    ce = -(each * probs.gather(-1, own)[:, 0].clamp_min(torch.finfo(probs.dtype).tiny).log()).sum()
     if teacher is None:
         kl = torch.zeros_like(ce)
         probs *= mix.ce
     else:
         kept, rest = _outcomes(probs, teacher)
-        kl = _kl(kept, rest, teacher).sum()
+        kl = (each * _kl(kept, rest, teacher)).sum()
         probs *= (mix.ce + mix.kl * (1 - teacher.rest / rest))[:, None]
         probs.scatter_(-1, teacher.ids, (mix.ce + mix.kl) * kept - mix.kl * teacher.probs)
     probs.scatter_add_(-1, own, torch.full_like(own, -mix.ce, dtype=probs.dtype))
-    return probs, kl, ce
+    return probs if weights is None else probs.mul_(weights[:, None]), kl, ce
 
 
 def distillation(
-    hidden: Tensor, head: Head, labels: Tensor, teacher: TopK | None, mix: Mix
+    hidden: Tensor, head: Head, labels: Tensor, teacher: TopK | None, mix: Mix, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`mix.kl` · KL_K(teacher ‖ student) + `mix.ce` · cross-entropy, means over tokens, in nats.
 
@@ -194,12 +199,13 @@ def distillation(
         labels: the text's next tokens, (N,), int64.
         teacher: of the same N positions; None leaves the KL out.
         mix: weights of the two.
+        weights: what each token counts for, (N,), with a mean of 1 over the text; None: all alike.
 
     Returns:
         The loss, which can be differentiated, and KL and cross-entropy, which cannot.
     """
     result: tuple[Tensor, Tensor, Tensor] = _Distillation.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, labels, teacher, mix, head.softcap
+        hidden, head.weight, head.bias, labels, teacher, mix, head.softcap, weights
     )
     return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,11 @@ class Windows:
 
     Attributes:
         ids: (windows, length + 1), int64. Without BOS, the last token of a window is the first of the next.
+        weights: what each window counts for in the loss, (windows,); None: all alike.
     """
 
     ids: Tensor
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,28 +38,42 @@ class Windows:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the token ids."""
+        """SHA-256 over the token ids: what a teacher's records of them depend on."""
         return hashlib.sha256(str(tuple(self.ids.shape)).encode() + self.ids.numpy().tobytes()).hexdigest()
 
+    def and_held_out(self, held_out: Windows) -> Windows:
+        """These windows, and behind them others that are judged on."""
+        weights = None if self.weights is None else torch.cat([self.weights, torch.ones(len(held_out))])
+        return Windows(torch.cat([self.ids, held_out.ids]), weights)
 
-def pack(texts: Iterable[str], tokenizer: Any, length: int) -> Windows:
+
+def pack(texts: Iterable[str], tokenizer: Any, length: int, weights: Sequence[float] | None = None) -> Windows:
     """Consecutive windows of `length` predictions over all the texts, one after the other; a shorter rest is left out.
 
     A tokenizer that puts BOS before a text puts it before every window, since its model was never without.
+
+    Args:
+        texts: what is packed.
+        tokenizer: of transformers.
+        length: predictions a window.
+        weights: what each text counts for; a window counts for the mean over its tokens.
 
     Raises:
         BadInput: the texts are too short for two windows.
     """
     ids: list[int] = []
+    counts: list[float] = []
     between = tokenizer(_BETWEEN, add_special_tokens=False)["input_ids"]
-    for text in texts:
+    for number, text in enumerate(texts):
         if ids:
             ids += between
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if weights is not None:
+            counts += [weights[number]] * (len(ids) - len(counts))
         if len(ids) > _MOST_TOKENS:
             break
     stream = torch.tensor(ids, dtype=torch.int64)
-    bos = _bos(tokenizer)
+    bos = bos_of(tokenizer)
     if bos is None:
         windows = stream.unfold(0, length + 1, length) if len(stream) > length else stream.new_empty(0, length + 1)
     else:
@@ -69,10 +85,13 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int) -> Windows:
             where="--text",
             remedy="give more text, or ask for shorter windows",
         )
-    return Windows(windows.contiguous())
+    if weights is None:
+        return Windows(windows.contiguous())
+    each = torch.tensor(counts[: len(windows) * length]).view(-1, length).mean(dim=1)
+    return Windows(windows.contiguous(), each / each.mean())
 
 
-def _bos(tokenizer: Any) -> int | None:
+def bos_of(tokenizer: Any) -> int | None:
     """The id of BOS if the tokenizer begins a text with it, else None."""
     first = tokenizer("a")["input_ids"][:1]
     return int(first[0]) if first and first[0] == tokenizer.bos_token_id else None

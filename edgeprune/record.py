@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import edgeprune
 from edgeprune.candidates import RATIOS
+from edgeprune.corpus import corpus
 from edgeprune.errors import BadInput
 from edgeprune.files import sha256
 from edgeprune.metrics import mean_interval
 from edgeprune.quality import TextQuality, loss_over_dense, quality_from_json
-from edgeprune.vocabulary_counts import corpus
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitOptions, FitResult

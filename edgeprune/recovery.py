@@ -49,6 +49,8 @@ def recover(
     *,
     seconds: float,
     text: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    held_out: Sequence[str] | None = None,
     method: Method = "distil",
     recipe: Recipe | None = None,
     seed: int = 0,
@@ -67,6 +69,9 @@ def recover(
         out: the folder to write: the student's own, with other weights, and `recovery.json`.
         seconds: how long to train.
         text: what to train on; None lets the teacher write it.
+        weights: what each text counts for in the loss; None: all alike.
+        held_out: text to judge on, by which the best weights are known; None: some windows of `text` are not trained
+            on, but judged.
         method: which of `RECIPES`.
         recipe: replaces the method's.
         seed: of the order of the windows, of dropout, and of text that the teacher writes.
@@ -97,8 +102,13 @@ def recover(
     tokenizer = shared_tokenizer(student, teacher, text)
     check_length(student, teacher, recipe.length)
     say("packing the text", 0, 0)
-    windows = pack(text, tokenizer, recipe.length)
-    run = _Run(student, teacher, out, windows, recipe, seed, seconds, accelerator, clock, cache, say)
+    windows = pack(text, tokenizer, recipe.length, weights)
+    training, held = hold_out(len(windows), recipe.held_out)
+    if held_out is not None:
+        judged = Windows(pack(held_out, tokenizer, recipe.length).ids[: recipe.held_out])
+        training, held = torch.arange(len(windows)), torch.arange(len(judged)) + len(windows)
+        windows = windows.and_held_out(judged)
+    run = _Run(student, teacher, out, windows, training, held, recipe, seed, seconds, accelerator, clock, cache, say)
     try:
         return run.all(method, resume)
     finally:
@@ -114,6 +124,8 @@ class _Run:
         teacher: Path,
         out: Path,
         windows: Windows,
+        training: Tensor,
+        held: Tensor,
         recipe: Recipe,
         seed: int,
         seconds: float,
@@ -125,7 +137,7 @@ class _Run:
         self.recipe, self.windows, self.seed, self.seconds, self.out = recipe, windows, seed, seconds, out
         self.accelerator, self.clock, self.say = accelerator, clock, say
         self.partial = out.with_name(f"{out.name}.partial")
-        self.training, self.held = hold_out(len(windows), recipe.held_out)
+        self.training, self.held = training, held
         device: torch.device = accelerator.device
         dtype = number_format(device)
         processes = accelerator.num_processes
@@ -162,7 +174,18 @@ class _Run:
         self.optimizer = MasterAdamW(
             self.trainee.masters, self.trainee.parameters, betas=recipe.betas, decay=recipe.decay
         )
-        parts = [SCHEMA_VERSION, Checkpoint(student).hash(), identity, windows.hash, asdict(recipe), seed, seconds]
+        counted = None if windows.weights is None else windows.weights.tolist()
+        shares = [len(training), counted]
+        parts = [
+            SCHEMA_VERSION,
+            Checkpoint(student).hash(),
+            identity,
+            windows.hash,
+            shares,
+            asdict(recipe),
+            seed,
+            seconds,
+        ]
         self.state = State(hashlib.sha256(json.dumps(parts).encode()).hexdigest())
         self.best: dict[str, Tensor] = {}
         self.saved_at = 0.0
@@ -214,7 +237,9 @@ class _Run:
         figures = torch.zeros(3)
         for part in torch.split(mine, self.micro):
             share = len(part) / len(mine)
-            loss, kl, ce = self.wrapped(self.windows.ids[part].to(self.accelerator.device), *self._teach(part))
+            weights = None if self.windows.weights is None else self.windows.weights[part].to(self.accelerator.device)
+            windows = self.windows.ids[part].to(self.accelerator.device)
+            loss, kl, ce = self.wrapped(windows, *self._teach(part), weights=weights)
             loss.backward()
             self.optimizer.collect(share)
             figures += share * torch.stack([loss.detach(), kl, ce]).cpu()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
+from edgeprune.corpus import corpus
 from edgeprune.devices import Budget
 from edgeprune.errors import BadInput, NothingFits
 from edgeprune.files import cache_dir
@@ -22,7 +23,6 @@ from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates, pruned_candidates, worth_making
-from edgeprune.vocabulary_counts import corpus
 from edgeprune.vocabulary_damage import VocabularyOption, smaller_sizes
 from edgeprune.workshop import Workshop, trial_key
 

@@ -83,17 +83,24 @@ class Learner(nn.Module):
         self._mix = mix
 
     def forward(
-        self, windows: Tensor, ids: Tensor | None = None, probs: Tensor | None = None, rest: Tensor | None = None
+        self,
+        windows: Tensor,
+        ids: Tensor | None = None,
+        probs: Tensor | None = None,
+        rest: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, KL and cross-entropy, means over B · L tokens.
 
         Args:
             windows: (B, L + 1) token ids.
             ids, probs, rest: the teacher's, as in `TopK`, with B · L rows; None without a teacher.
+            weights: what each window counts for, (B,); None: all alike.
         """
         teacher = None if ids is None or probs is None or rest is None else TopK(ids, probs, rest)
         hidden = self._decoder.hidden(windows[:, :-1])
-        return distillation(hidden, self._decoder.head, windows[:, 1:].flatten(), teacher, self._mix)
+        each = None if weights is None else weights.repeat_interleave(windows.shape[1] - 1)
+        return distillation(hidden, self._decoder.head, windows[:, 1:].flatten(), teacher, self._mix, each)
 
     @torch.no_grad()
     def judge(self, windows: Tensor, teacher: TopK) -> tuple[float, float]:

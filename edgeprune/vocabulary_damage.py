@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.corpus import corpus
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 from edgeprune.vocabulary import smallest
-from edgeprune.vocabulary_counts import corpus
 from edgeprune.vocabulary_plan import (
     MULTIPLE,
     VocabularyPlan,

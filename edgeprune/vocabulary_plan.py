@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
+from edgeprune.corpus import corpus
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import read_json, write_json
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import ModelShape
 from edgeprune.vocabulary import BpeVocabulary, keep_tokens, read_vocabulary, smallest
-from edgeprune.vocabulary_counts import corpus, count_tokens
+from edgeprune.vocabulary_counts import count_tokens
 from edgeprune.vocabulary_tokenizer import gguf_fixed, special_ids_of
 
 PLAN_FILE = "vocabulary_plan.json"

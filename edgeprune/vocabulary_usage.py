@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.corpus import Corpus, pieces
 from edgeprune.errors import BadInput
 from edgeprune.files import atomic_file, cache_dir
 from edgeprune.precision import fast_products
 from edgeprune.runtimes.pytorch import load_model
 from edgeprune.vocabulary import Counts
-from edgeprune.vocabulary_counts import Corpus, pieces
 
 LENGTH = 512  # tokens of a window
 # Tokens that the model's expectation counts as much as: a corpus much larger than this speaks for itself. Chosen on

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.cli_recover import recover as command
 from edgeprune.errors import BadInput, StageFailed
-from edgeprune.losses import Mix
+from edgeprune.losses import Head, Mix, TopK, distillation, top_k
 from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.plan import LayerPlan, PrunePlan, uniform_plan
 from edgeprune.recipe import RECIPES, Recipe, peak_rate
@@ -428,3 +428,32 @@ def test_the_order_can_be_taken_up_anywhere(n: int, position: int, count: int, s
     whole = order(indices, 0, position + count, seed)
     assert torch.equal(order(indices, position, count, seed), whole[position:])
     assert sorted(order(indices, 0, n, seed).tolist()) == indices.tolist()
+
+
+def test_weights_and_held_out_text(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """A text that hardly counts is hardly learnt, and what is judged on is not trained on."""
+    counts = torch.tensor([0.5, 2.0, 0.5])
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 6, dtype=torch.float64), torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    labels, mix = torch.tensor([4, 0, 9]), Mix(0.6, 0.4)
+    teacher = top_k(torch.randn(3, 11, dtype=torch.float64).softmax(-1), 4)
+
+    def loss(rows: slice, share: torch.Tensor | None) -> torch.Tensor:
+        part = TopK(teacher.ids[rows], teacher.probs[rows], teacher.rest[rows])
+        return distillation(hidden[rows], Head(weight), labels[rows], part, mix, share)[0]
+
+    one_by_one = sum(counts[i] * loss(slice(i, i + 1), None) for i in range(3)) / 3
+    together = loss(slice(0, 3), counts)
+    torch.testing.assert_close(together, one_by_one)
+    wanted, found = (torch.autograd.grad(each, weight)[0] for each in (one_by_one, together))
+    torch.testing.assert_close(found, wanted)
+
+    packed = pack(["one two three " * 20, "four five six " * 20], load_tokenizer(student), 16, [0.5, 1.5])
+    assert packed.weights is not None and float(packed.weights[-1] / packed.weights[0]) == pytest.approx(3)
+    assert float(packed.weights.mean()) == pytest.approx(1)
+
+    with_all = run(student, tiny_folder, tmp_path / "a", text=TEXT, held_out=[*TEXT[:3]])
+    without = run(student, tiny_folder, tmp_path / "b", text=TEXT)
+    assert with_all.before.kl != without.before.kl
+    weighted = run(student, tiny_folder, tmp_path / "c", text=TEXT, weights=[2.0] + [0.5] * (len(TEXT) - 1))
+    assert weighted.before == without.before and weighted.after.kl != without.after.kl

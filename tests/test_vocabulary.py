@@ -23,6 +23,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from edgeprune.cli_vocabulary import vocabulary as command
+from edgeprune.corpus import corpus
 from edgeprune.errors import BadInput
 from edgeprune.export.gguf_writer import write_gguf, write_metadata
 from edgeprune.files import write_json
@@ -32,7 +33,7 @@ from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.runtimes.llamacpp_vocabulary import Vocabulary
 from edgeprune.tokenizer_proof import PROOF_TEXTS, prove_same_ids
 from edgeprune.vocabulary import closure, derive, keep_tokens, read_vocabulary, smallest
-from edgeprune.vocabulary_counts import corpus, count_tokens
+from edgeprune.vocabulary_counts import count_tokens
 from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, folder_vocabulary, plan_vocabulary, wanted_size
 from edgeprune.vocabulary_surgery import prune_vocabulary
 from edgeprune.vocabulary_tokenizer import Renumbering, pruned_ids, pruned_tokenizer

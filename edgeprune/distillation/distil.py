@@ -1,0 +1,238 @@
+"""`distil`: from a source of text to a small set, written as JSON Lines of plain text beside a record of its making."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.distillation import Method, method_named
+from edgeprune.distillation.base import Order, Progress, Quota, Readings, Task, Written
+from edgeprune.distillation.labelled import LabelledReadings
+from edgeprune.distillation.pool import LENGTH, Fields, Pool, make_pool, source_of
+from edgeprune.distillation.readings import ModelReadings, Reading
+from edgeprune.errors import BadInput
+from edgeprune.files import atomic_file, cache_dir, sha256, write_json, write_text
+from edgeprune.packing import bos_of
+from edgeprune.record import environment
+from edgeprune.recovery_inputs import same_vocabulary, shared_tokenizer
+from edgeprune.runtimes.pytorch import load_tokenizer
+
+SCHEMA_VERSION = 1
+AUTO = "auto"
+READ_TOKENS = 400_000  # of the whole pool at most, where nothing else is asked for: some eight minutes on two cores
+_LEAST_READ = 32  # tokens of a piece; fewer tell too little of it
+DEPTH = 4  # last layers whose projections' gradients are taken beside the head's
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What `distil` wrote.
+
+    Attributes:
+        out: the file.
+        record: the file that says how it was made.
+        method: the method, never "auto".
+        texts: how many.
+        tokens: of all of them, in the model's tokens; None for soft data.
+        pool_pieces, pool_tokens: what there was to choose from.
+        seconds: how long it took.
+    """
+
+    out: Path
+    record: Path
+    method: str
+    texts: int
+    tokens: int | None
+    pool_pieces: int
+    pool_tokens: int
+    seconds: float
+
+
+def auto(student: bool, labelled: bool) -> str:
+    """The method that did best in `benchmarks/distillation_*.py`."""
+    if labelled:
+        return "gradient-matching"
+    return "gradient-matching" if student else "random"
+
+
+def record_path(out: Path) -> Path:
+    """Where the record of a distilled file lies."""
+    return out.with_name(f"{out.name}.record.json")
+
+
+def distil(
+    source: Sequence[str],
+    out: str | Path,
+    *,
+    model: str | Path,
+    tokens: int | None = None,
+    per_class: int | None = None,
+    method: str = AUTO,
+    student: str | Path | None = None,
+    fields: Fields | None = None,
+    length: int = LENGTH,
+    read: int | None = None,
+    depth: int = DEPTH,
+    seed: int = 0,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> Distilled:
+    """Distil `source` into `out`.
+
+    Args:
+        source: text files, JSON Lines files or folders of them, or one hub dataset.
+        out: a .jsonl file; for "soft" a .safetensors file.
+        model: folder of the dense model.
+        tokens: tokens to write at most; or
+        per_class: texts of each label.
+        method: one of `METHODS`, or "auto".
+        student: folder of the pruned model: what is matched is then the loss that recovers it.
+        fields: of JSON records.
+        length: tokens of a piece at most.
+        read: leading tokens of each piece that the models read; None: all, but `READ_TOKENS` of the pool at most.
+        depth: last layers whose projections' gradients are matched beside the head's.
+        seed: of whatever is drawn.
+        resume: go on with a pass over the pool that was interrupted, and reuse finished ones.
+        progress: told (stage, done, total).
+
+    Raises:
+        BadInput: a source, model or pair of options that does not fit, or a full disk.
+    """
+    started = time.monotonic()
+    out, model, say = Path(out), Path(model), progress or (lambda _stage, _done, _total: None)
+    fields = fields or Fields()
+    quota = _quota(tokens, per_class, fields)
+    if method == AUTO:
+        method = auto(student is not None, fields.label is not None)
+    entry = method_named(method)
+    _check(out, entry, method, student)
+    with tempfile.TemporaryDirectory(prefix="edgeprune-distil-") as name:
+        scratch = Path(name)
+        cache = cache_dir() if resume else scratch
+        if student is None:
+            tokenizer = load_tokenizer(model)
+        else:
+            student = Path(student)
+            model = same_vocabulary(student, model, cache, say)
+            tokenizer = shared_tokenizer(student, model, None)
+        dense, pruned = Checkpoint(model), None if student is None else Checkpoint(student)
+        texts = source_of(source)
+        pool = make_pool(texts, tokenizer, fields=fields, length=length, folder=cache / "pools", progress=say)
+        read = read or max(_LEAST_READ, min(length, READ_TOKENS // len(pool)))
+
+        def reader(pieces: Pool, columns: tuple[str, ...]) -> ModelReadings:
+            how = Reading(columns, read=read, depth=depth if "gradients" in columns else 0)
+            where = (cache if pieces is pool else scratch) / "readings"
+            return ModelReadings(pieces, dense, pruned, how, where, bos=bos_of(tokenizer), say=say)
+
+        order = Order(pool, quota, model, student, reader, seed, scratch, say)
+        written = _made(order, entry, out)
+    encoded = tokenizer(list(written.texts), add_special_tokens=False, verbose=False)["input_ids"] if written else []
+    result = Distilled(
+        out,
+        record_path(out),
+        method,
+        texts=len(written.texts) if written else (per_class or 0) * len(pool.classes),
+        tokens=sum(map(len, encoded)) if written else None,
+        pool_pieces=len(pool),
+        pool_tokens=pool.tokens,
+        seconds=time.monotonic() - started,
+    )
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "method": method,
+        "settings": {"seed": seed, "length": length, "read": read, "depth": depth, **asdict(quota)},
+        "fields": asdict(fields),
+        "source": {"name": texts.name, "sha256": texts.hash, "licence": texts.licence},
+        "pool": {"pieces": len(pool), "tokens": pool.tokens, "classes": pool.classes},
+        "model": dense.hash(),
+        "student": pruned.hash() if pruned else None,
+        "texts": result.texts,
+        "tokens": result.tokens,
+        "sha256": sha256(out),
+        "seconds": round(result.seconds, 1),
+        "environment": environment(),
+    }
+    write_json(result.record, record)
+    if texts.licence and entry.kind == "select":  # what is chosen is the source's own text
+        write_text(out.with_name(f"{out.name}.license"), f"SPDX-License-Identifier: {texts.licence}\n")
+    return result
+
+
+def _made(order: Order, entry: Method, out: Path) -> Written | None:
+    """Write `out`; what is in it, or None where that is no text."""
+    if entry.kind == "make":
+        entry.load().make(order).save(out)
+        return None
+    written: Written = entry.load().write(order) if entry.kind == "write" else _selected(order, entry)
+    if not written.texts:
+        raise BadInput("no text of the source is that small", where="--tokens", remedy="ask for more")
+    _write(out, written)
+    return written
+
+
+def _quota(tokens: int | None, per_class: int | None, fields: Fields) -> Quota:
+    if (tokens is None) == (per_class is None):
+        raise BadInput("give either --tokens or --per-class", remedy="for example --tokens 64k")
+    if (per_class is not None) != (fields.label is not None):
+        raise BadInput(
+            "texts of each class need a label", where="--per-class", remedy="give --label-field with --per-class"
+        )
+    if (tokens if per_class is None else per_class) <= 0:  # type: ignore[operator]
+        raise BadInput("asks for nothing", where="--tokens or --per-class", remedy="give a number above 0")
+    return Quota(tokens, per_class)
+
+
+def _check(out: Path, entry: Method, method: str, student: str | Path | None) -> None:
+    suffix = ".safetensors" if entry.kind == "make" else ".jsonl"
+    if out.suffix != suffix:
+        raise BadInput(f"{method} writes a file that ends in {suffix}", where=out, remedy="choose another --out")
+    if entry.student and student is None:
+        raise BadInput(f"{method} compares with a pruned model", remedy="name one with --student")
+
+
+def _selected(order: Order, entry: Method) -> Written:
+    """Texts that a method chooses among the pool's, class by class where it has labels."""
+    pool, select = order.pool, entry.load().select
+    if pool.labels is None:
+        found = select(Task(pool, np.arange(len(pool)), order.quota, order.read(pool, entry.reads), order.seed))
+        texts = tuple(pool.text(int(i)) for i in found.taken)
+        return Written(texts, weights=None if found.weights is None else tuple(map(float, found.weights)))
+    readings = _of_classes(order, entry)
+    chosen: list[str] = []
+    labels: list[str] = []
+    weights: list[float] = []
+    for label, name in enumerate(pool.classes):
+        members = (pool.labels == label).nonzero()[0]
+        found = select(Task(pool, members, order.quota, readings, order.seed))
+        chosen += [pool.text(int(members[i])) for i in found.taken]
+        labels += [name] * len(found.taken)
+        weights += [1.0] * len(found.taken) if found.weights is None else found.weights.tolist()
+    return Written(tuple(chosen), tuple(labels), tuple(weights) if len(set(weights)) > 1 else None)
+
+
+def _of_classes(order: Order, entry: Method) -> Readings:
+    """Readings whose gradients and errors are of a classifier on the mean states."""
+    columns = {"gradients": "means", "errors": "means"}
+    read = tuple(dict.fromkeys(columns.get(column, column) for column in entry.reads))
+    assert order.pool.labels is not None
+    return LabelledReadings(order.read(order.pool, read), order.pool.labels)
+
+
+def _write(out: Path, written: Written) -> None:
+    with atomic_file(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for i, text in enumerate(written.texts):
+            record: dict[str, Any] = {"text": text}
+            if written.labels is not None:
+                record["label"] = written.labels[i]
+            if written.weights is not None:
+                record["weight"] = round(written.weights[i], 4)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

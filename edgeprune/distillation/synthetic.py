@@ -1,0 +1,199 @@
+"""`synthetic`: text that the dense model writes for the purpose, matched to the pool's gradient, and edited.
+
+What DiLM (arXiv 2404.00264) trains a generator for, and GRADMM (arXiv 2502.17607) optimises embeddings for, is had here
+in three steps that train nothing:
+
+1. the model writes more candidates than are wanted: continuations of the first words of the pool's texts, or, with
+   labels, another text after some of one class;
+2. of those that it finds likely, the ones whose weighted gradient is the pool's are taken, as `gradient-matching` does;
+3. some of their tokens are replaced by others that the model finds likely there; an edit stays if it brings the set's
+   gradient nearer to the pool's and does not make the text much less likely.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from edgeprune.calibration import continued
+from edgeprune.distillation.base import Basket, Floats, Order, Quota, Written
+from edgeprune.distillation.gradient_matching import RIDGE
+from edgeprune.distillation.labelled import LabelledReadings
+from edgeprune.distillation.matching import pursue
+from edgeprune.distillation.pool import LENGTH, Fields, Pool, Source, make_pool
+from edgeprune.models import Model, load
+from edgeprune.precision import fast_copy, fast_products
+
+SURPLUS = 2.0  # candidates for each text wanted
+ROUNDS = 2  # of edits
+_LIKELY = 0.75  # share of the candidates that stay after those of highest perplexity are gone
+_BEGUN = 16  # tokens of the pool's text that a candidate begins with
+_SHOWN = 4  # texts of a class that the model reads before it writes another
+_MOST = 96  # tokens of a text with a label
+_ROWS = 32  # texts written side by side
+_EDITED = 0.05  # share of a text's tokens that an edit replaces
+_ALTERNATIVES = 20  # of the likeliest tokens at a place, from which an edit draws
+_TOLERATED = 0.1  # nats a token that an edit may make a text less likely
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Texts just written: their pool, features in the pool's terms, and mean negative log-likelihood."""
+
+    pool: Pool
+    features: Floats
+    nlls: Floats
+
+
+def write(order: Order) -> Written:
+    """Write, match and edit; class by class where the pool has labels.
+
+    Raises:
+        BadInput: a pool too small to begin texts with.
+    """
+    model = load(order.model)
+    writer = fast_copy(model.module)
+    judge = _Judge(order, model)
+    if order.pool.labels is None:
+        texts, weights = _matched(order, model, writer, judge, None, order.quota)
+        return Written(texts, None, weights)
+    all_texts: list[str] = []
+    labels: list[str] = []
+    all_weights: list[float] = []
+    for label, name in enumerate(order.pool.classes):
+        texts, weights = _matched(order, model, writer, judge, label, order.quota)
+        all_texts += texts
+        labels += [name] * len(texts)
+        all_weights += weights
+    return Written(tuple(all_texts), tuple(labels), tuple(all_weights))
+
+
+def _matched(
+    order: Order, model: Model, writer: torch.nn.Module, judge: _Judge, label: int | None, quota: Quota
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Texts of one class, or of none, and their weights."""
+    target = judge.target(label)
+    rng = np.random.default_rng([order.seed, label or 0])
+    texts = judge(_candidates(order, model, writer, label, quota, rng), label)
+    likely = np.sort(np.argsort(texts.nlls, kind="stable")[: max(1, round(_LIKELY * len(texts.pool)))])
+    choice = pursue(texts.features[likely], target, Basket(quota, texts.pool.lengths[likely]), RIDGE)
+    chosen = likely[choice.taken]
+    weights = choice.weights if choice.weights is not None else np.ones(len(chosen))
+    current = [texts.pool.text(int(i)) for i in chosen]
+    features, nlls = texts.features[chosen], texts.nlls[chosen]
+    for number in range(ROUNDS):
+        order.say("editing texts", number, ROUNDS)
+        edited = [_edit(model, text, rng) for text in current]
+        again = judge(edited, label, keep=True)
+        for i in range(len(current)):
+            # What the others leave for this text to say, in its own weight.
+            total = weights.sum()
+            others = weights @ features - weights[i] * features[i]
+            before = np.square(target - (others + weights[i] * features[i]) / total).sum()
+            after = np.square(target - (others + weights[i] * again.features[i]) / total).sum()
+            if after < before and again.nlls[i] <= nlls[i] + _TOLERATED:
+                current[i], features[i], nlls[i] = edited[i], again.features[i], again.nlls[i]
+    return tuple(current), tuple(float(weight) for weight in weights)
+
+
+class _Judge:
+    """Gradients of any texts in the scale of the pool's."""
+
+    def __init__(self, order: Order, model: Model) -> None:
+        self._order, self._model = order, model
+        labels = order.pool.labels
+        column = "gradients" if labels is None else "means"
+        self._base = order.read(order.pool, (column,))
+        self._classified = None if labels is None else LabelledReadings(self._base, labels)
+
+    def target(self, label: int | None) -> Floats:
+        """The mean gradient of the pool, or of one class: (k,)."""
+        if self._classified is None or label is None:
+            lengths = self._order.pool.lengths
+            return np.asarray(lengths @ self._base.gradients / lengths.sum())
+        assert self._order.pool.labels is not None
+        return np.asarray(self._classified.gradients[self._order.pool.labels == label].mean(axis=0))
+
+    def __call__(self, texts: list[str], label: int | None, *, keep: bool = False) -> _Texts:
+        """Read texts; the same one twice counts once unless `keep`, which keeps their places."""
+        mark = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        source = Source("written", mark, None, lambda: iter([{"text": text, "label": "x"} for text in texts]))
+        # With a label a text is one piece, however long.
+        pool = make_pool(
+            source,
+            self._model.tokenizer,
+            fields=Fields(label="label"),
+            length=LENGTH,
+            folder=self._order.scratch,
+            repeats=keep,
+        )
+        if self._classified is None or label is None:
+            found = self._order.read(pool, ("gradients", "nlls"))
+            return _Texts(pool, found.gradients_like(self._base), np.array(found.nlls))
+        found = self._order.read(pool, ("means", "nlls"))
+        labels = np.full(len(pool), label, dtype=np.int64)
+        return _Texts(pool, self._classified.gradients_of(found.means, labels), np.array(found.nlls))
+
+
+def _candidates(
+    order: Order, model: Model, writer: torch.nn.Module, label: int | None, quota: Quota, rng: np.random.Generator
+) -> list[str]:
+    """Texts that the model writes, in the pool's manner."""
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+    if quota.tokens is None:
+        wanted = round(SURPLUS * (quota.count or 1))
+    else:
+        wanted = max(2, round(SURPLUS * quota.tokens / LENGTH))
+    texts: list[str] = []
+    while len(texts) < wanted:
+        order.say("writing candidates", len(texts), wanted)
+        rows = min(_ROWS, wanted - len(texts))
+        if label is None:
+            begun = _beginnings(order.pool, rows, rng)
+            written = continued(model, writer, begun, LENGTH, generator)
+            texts += [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+        else:
+            prompt = _prompt(order, model, label, rng)
+            length = prompt.shape[1] + _MOST
+            written = continued(model, writer, prompt.expand(rows, -1), length, generator)[:, prompt.shape[1] :]
+            said = [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+            texts += [line for text in said if (line := text.strip().partition("\n")[0].strip())]
+    order.say("writing candidates", wanted, wanted)
+    return texts[:wanted]
+
+
+def _beginnings(pool: Pool, rows: int, rng: np.random.Generator) -> torch.Tensor:
+    """First tokens of texts of the pool that are long enough, (rows, begun)."""
+    begun = int(min(_BEGUN, np.median(pool.lengths)))
+    long_enough = (pool.lengths >= begun).nonzero()[0]
+    return torch.tensor(np.stack([pool.ids(int(i))[:begun] for i in rng.choice(long_enough, size=rows)]))
+
+
+def _prompt(order: Order, model: Model, label: int, rng: np.random.Generator) -> torch.Tensor:
+    """Some texts of a class, one a line, after which the model writes the next: (1, length)."""
+    assert order.pool.labels is not None
+    members = (order.pool.labels == label).nonzero()[0]
+    shown = rng.choice(members, size=min(_SHOWN, len(members)), replace=False)
+    lines = [" ".join(order.pool.text(int(i)).split()) for i in shown]
+    text = "".join(f"{order.pool.classes[label]}: {line}\n" for line in lines) + f"{order.pool.classes[label]}:"
+    return torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+
+@torch.inference_mode()
+def _edit(model: Model, text: str, rng: np.random.Generator) -> str:
+    """The text with some tokens replaced by others that the model finds likely after what stands before them."""
+    ids = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if len(ids) < 2:
+        return text
+    with fast_products():
+        logits = model.module(input_ids=ids[None], use_cache=False).logits[0].float()
+    logits[:, sorted(set(model.tokenizer.all_special_ids))] = -torch.inf
+    for place in rng.choice(np.arange(1, len(ids)), size=max(1, round(_EDITED * (len(ids) - 1))), replace=False):
+        likely = logits[place - 1].topk(min(_ALTERNATIVES, logits.shape[1])).indices
+        others = likely[likely != ids[place]]
+        ids[place] = others[int(rng.integers(len(others)))]
+    edited: str = model.tokenizer.decode(ids, skip_special_tokens=True)
+    return edited.strip() or text
