@@ -1,0 +1,250 @@
+"""Does distilled text recover, or calibrate, a pruned model as well as more text does?
+
+    python benchmarks/distillation_recovery.py --data DATA --out distillation_recovery.json
+        [--tables recovery calibration] [--methods …] [--tokens 16k 64k 256k] [--seeds 0 1 2] [--tasks]
+
+The pool is C4 and Wikipedia text; a part of it that no method sees decides which of a training's weights are kept. The
+model is the demo model with a fifth of its parameters gone, each layer to widths of its own.
+
+recovery: each set trains the pruned model for the same number of steps, as many as the largest set has windows for one
+pass (4 windows of 256 tokens a step), whatever its size: a small set is seen often, a large one once. calibration: each
+set is what the dense model is pruned with, to the same widths; nothing is trained.
+
+Judged on other text, in llama.cpp: KL to the dense model and bits per byte over the dense model's, on WikiText-2's test
+text and on TinyStories. Finished cells in OUT are kept; `--render` prints the tables of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.calibration import read_texts, read_weighted
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.cli_distill import count_of
+from edgeprune.compensated import Origin, prune_compensated
+from edgeprune.distillation import METHODS
+from edgeprune.distillation.distil import distil
+from edgeprune.errors import EdgepruneError
+from edgeprune.export.gguf_writer import write_gguf
+from edgeprune.files import cache_dir, read_json, write_json
+from edgeprune.layerwise import packed
+from edgeprune.memory import keep_freed_memory
+from edgeprune.models import checkpoint_folder, resolve
+from edgeprune.pruning import COMPENSATION, WINDOW
+from edgeprune.pruning import prune as prune_model
+from edgeprune.quality import evaluate
+from edgeprune.recipe import RECIPES
+from edgeprune.record import environment
+from edgeprune.recovery import recover
+from edgeprune.reference import make_reference
+from edgeprune.runtimes.pytorch import load_tokenizer
+from edgeprune.tasks import run_tasks
+
+RATIO = 0.2
+POOL = ("c4/c4.txt", "c4/c4_demo.jsonl", "wikipedia/wikipedia.txt")
+JUDGED = {"wikitext2": "wikitext2/wiki.test.raw", "tinystories": "tinystories/tinystories.txt"}
+WINDOWS = 20  # of 512 tokens of each judged text
+STEPS = 256
+TASKS = ("hellaswag", "arc_easy", "piqa")
+HELD_OUT = 60  # documents of C4 that no method sees
+TIMEOUT_S = 6 * 3600.0
+Cell = dict[str, Any]
+
+
+class Bench:
+    """What all cells share."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch = args, scratch
+        self.dense = checkpoint_folder(resolve("demo"))
+        self.source = scratch / "pool"
+        self.source.mkdir()
+        self.held_out: list[str] = []
+        for name in POOL:
+            texts = list(read_texts(args.data / name))
+            if name.endswith(".jsonl"):
+                self.held_out, texts = texts[-HELD_OUT:], texts[:-HELD_OUT]
+                lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+                (self.source / Path(name).name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            else:
+                shutil.copyfile(args.data / name, self.source / Path(name).name)
+        self.student: Path = args.student or self._student()
+
+    def _student(self) -> Path:
+        out = self.scratch / "student"
+        prune_model(self.dense, RATIO, out, calibration=str(self.source / "c4.txt"))
+        return out
+
+    def distilled(self, method: str, tokens: int, seed: int, student: bool) -> tuple[Path, float]:
+        """A set, made once, and the seconds it took."""
+        out = self.args.sets / f"{method}-{tokens}-{seed}{'-student' if student else ''}.jsonl"
+        if not out.exists():
+            self.args.sets.mkdir(parents=True, exist_ok=True)
+            distil(
+                [str(self.source)],
+                out,
+                model=self.dense,
+                tokens=tokens,
+                method=method,
+                student=self.student if student else None,
+                seed=seed,
+            )
+        return out, float(read_json(out.with_name(f"{out.name}.record.json"))["seconds"])
+
+    def recovered(self, method: str, tokens: int, seed: int) -> Cell:
+        """Distil with the pruned model at hand, train, judge."""
+        path, seconds = self.distilled(method, tokens, seed, student=True)
+        given = list(read_weighted(path))
+        weights = [weight for _, weight in given]
+        out = self.scratch / "recovered"
+        done = recover(
+            self.student,
+            self.dense,
+            out,
+            seconds=1e6,
+            text=[text for text, _ in given],
+            weights=weights if len(set(weights)) > 1 else None,
+            held_out=self.held_out,
+            recipe=replace(RECIPES["distil"], max_steps=self.args.steps),
+            seed=seed,
+            resume=False,
+        )
+        cell = {"distil_s": seconds, "train_s": round(done.seconds, 1), "held_out_kl": done.after.kl}
+        return cell | {"before_kl": done.before.kl} | self._judged(out)
+
+    def calibrated(self, method: str, tokens: int, seed: int) -> Cell:
+        """Distil before there is a pruned model, prune to the student's widths, judge."""
+        path, seconds = self.distilled(method, tokens, seed, student=False)
+        tokenizer = load_tokenizer(self.dense)
+        ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in read_texts(path)]
+        out = self.scratch / "calibrated"
+        start = time.monotonic()
+        widths = Checkpoint(self.student).shape.layers
+        windows = packed(ids, min(WINDOW, sum(map(len, ids))))
+        prune_compensated(self.dense, windows, widths, COMPENSATION, out, origin=Origin("obs", RATIO, "", ""))
+        return {"distil_s": seconds, "prune_s": round(time.monotonic() - start, 1)} | self._judged(out)
+
+    def _judged(self, folder: Path) -> Cell:
+        """KL and bits per byte of the exported file; tasks where they are asked for."""
+        path = self.scratch / "judged.gguf"
+        path.unlink(missing_ok=True)
+        write_gguf(folder, path, dtype="F32")
+        cell: Cell = {}
+        for name, file in JUDGED.items():
+            reference = make_reference(
+                self.dense,
+                (self.args.data / file).read_text(encoding="utf-8"),
+                cache_dir() / "references",
+                model_hash=Checkpoint(self.dense).hash(),
+                count=WINDOWS,
+                threads=self.args.threads,
+                timeout_s=TIMEOUT_S,
+            )
+            found = evaluate(path, reference, threads=self.args.threads, timeout_s=TIMEOUT_S)
+            cell[name] = {"kl": found.kl_nats.mean, "bits_per_byte": found.bits_per_byte}
+        for task in TASKS if self.args.tasks else ():
+            results = run_tasks(
+                path,
+                [task],
+                limit=self.args.limit,
+                data=self.args.data / "tasks",
+                n_ctx=2048,
+                threads=self.args.threads,
+                timeout_s=TIMEOUT_S,
+            )["results"][task]
+            cell[task] = results.get("acc_norm,none", results["acc,none"])
+        shutil.rmtree(folder)
+        return cell
+
+
+def table(record: dict[str, Any], name: str) -> str:
+    """One table of the cells there are, in Markdown: means over seeds."""
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in record["cells"]:
+        if cell["table"] == name and "error" not in cell:
+            groups.setdefault((cell["method"], cell["tokens"]), []).append(cell)
+    lines = [
+        "| method | tokens | sets | WikiText-2 KL | bits/byte | TinyStories KL | bits/byte | tasks | distilled in |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+
+    def mean(cells: list[Cell], text: str, figure: str) -> str:
+        values = [cell[text][figure] for cell in cells]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.4f}{spread}"
+
+    for (method, tokens), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
+        figures = [mean(cells, text, figure) for text in JUDGED for figure in ("kl", "bits_per_byte")]
+        scores = [100 * statistics.mean(cell[task] for task in TASKS) for cell in cells if TASKS[0] in cell]
+        tasks = f"{statistics.mean(scores):.1f}" if scores else "–"
+        seconds = statistics.mean(cell["distil_s"] for cell in cells)
+        lines.append(
+            f"| {method} | {tokens >> 10}k | {len(cells)} | {' | '.join(figures)} | {tasks} | {seconds / 60:.1f} min |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=os.environ.get("EDGEPRUNE_DATA"))
+    parser.add_argument("--tables", nargs="+", default=["recovery", "calibration"])
+    parser.add_argument("--methods", nargs="+", default=[n for n, entry in METHODS.items() if entry.kind != "make"])
+    parser.add_argument("--tokens", nargs="+", default=["16k", "64k", "256k"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--tasks", action="store_true", help="judge on tasks too")
+    parser.add_argument("--limit", type=int, default=1000, help="items of a task")
+    parser.add_argument("--student", type=Path, help="the pruned model; default: it is made")
+    parser.add_argument("--sets", type=Path, help="where the sets are kept; default: beside --out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--render", action="store_true")
+    args = parser.parse_args()
+    record = read_json(args.out) if args.out.exists() else {"benchmark": "distillation_recovery", "cells": []}
+    if not args.render:
+        args.sets = args.sets or args.out.with_name(f"{args.out.stem}-sets")
+        torch.set_num_threads(args.threads)
+        keep_freed_memory()
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as scratch:
+            bench = Bench(args, Path(scratch))
+            record |= {"environment": environment(), "student_sha256": Checkpoint(bench.student).hash()}
+            for name in args.tables:
+                for tokens in map(lambda text: count_of(text, "--tokens"), args.tokens):
+                    for seed in args.seeds:
+                        for method in args.methods:
+                            add(record, bench, {"table": name, "method": method, "tokens": tokens, "seed": seed})
+    for name in ("recovery", "calibration"):
+        print(f"\n{name}\n\n{table(record, name)}")
+
+
+def add(record: dict[str, Any], bench: Bench, key: Cell) -> None:
+    """Measure a cell that is not there yet, and write the record."""
+    if any(all(cell[name] == value for name, value in key.items()) for cell in record["cells"]):
+        return
+    if key["table"] == "calibration" and METHODS[key["method"]].student:
+        return  # needs a pruned model, which there is none yet
+    print(f"{time.strftime('%H:%M:%S')} {key}", file=sys.stderr, flush=True)
+    run = bench.recovered if key["table"] == "recovery" else bench.calibrated
+    try:
+        cell = key | {"steps": bench.args.steps} | run(key["method"], key["tokens"], key["seed"])
+    except EdgepruneError as error:
+        cell = key | {"error": str(error)}
+    print(f"{time.strftime('%H:%M:%S')} {json.dumps(cell)}", file=sys.stderr, flush=True)
+    record["cells"].append(cell)
+    write_json(bench.args.out, record)
+
+
+if __name__ == "__main__":
+    main()
