@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from edgeprune.calibration import read_texts, read_weighted
+from edgeprune.calibration import read_texts, read_weighted, weights_of
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.cli_distill import count_of
 from edgeprune.compensated import Origin, prune_compensated
@@ -107,7 +107,6 @@ class Bench:
         """Distil with the pruned model at hand, train, judge."""
         path, seconds = self.distilled(method, tokens, seed, student=True)
         given = list(read_weighted(path))
-        weights = [weight for _, weight in given]
         out = self.scratch / "recovered"
         done = recover(
             self.student,
@@ -115,7 +114,7 @@ class Bench:
             out,
             seconds=1e6,
             text=[text for text, _ in given],
-            weights=weights if len(set(weights)) > 1 else None,
+            weights=weights_of(given),
             held_out=self.held_out,
             recipe=replace(RECIPES["distil"], max_steps=self.args.steps),
             seed=seed,
@@ -221,7 +220,7 @@ def main() -> None:
             bench = Bench(args, Path(scratch))
             record |= {"environment": environment(), "student_sha256": Checkpoint(bench.student).hash()}
             for name in args.tables:
-                for tokens in map(lambda text: count_of(text, "--tokens"), args.tokens):
+                for tokens in (count_of(text, "--tokens") for text in args.tokens):
                     for seed in args.seeds:
                         for method in args.methods:
                             add(record, bench, {"table": name, "method": method, "tokens": tokens, "seed": seed})

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ def read_weighted(path: Path) -> Iterator[tuple[str, float]]:
     if not found:
         fields = ", ".join(TEXT_FIELDS)
         raise BadInput(f"it is empty, or no record has a text field ({fields})", where=path)
+
+
+def weights_of(texts: Sequence[tuple[str, float]] | None) -> list[float] | None:
+    """What each text counts for; None where all count alike."""
+    weights = [weight for _, weight in texts or ()]
+    return weights if len(set(weights)) > 1 else None
 
 
 def _records(path: Path) -> Iterator[Any]:

@@ -20,7 +20,8 @@ from rich.markup import escape
 from edgeprune.cli_boards import boards_app
 from edgeprune.cli_ci import ci
 from edgeprune.cli_devices import devices_app
-from edgeprune.cli_distill import distill
+from edgeprune.cli_distill import count_of
+from edgeprune.cli_distill import distill as distill_command
 from edgeprune.cli_look import AsJson, doctor, inspect, predict
 from edgeprune.cli_measure import BoardName, Gate, Threads, bench, compare, evaluate
 from edgeprune.cli_measure import tune as tune_command
@@ -81,6 +82,10 @@ def fit(
         str | None, typer.Option("--ratios", help="Shares of all parameters to try removing, by commas: 0.1,0.2 …")
     ] = None,
     calibration: Calibration = None,
+    distill: Annotated[
+        str | None,
+        typer.Option("--distill", help="Distil the text of --calibration to so many tokens first: 64k."),
+    ] = None,
     held_out: Annotated[
         str | None, typer.Option("--held-out", help="Text file to judge on. Default: text the model writes itself.")
     ] = None,
@@ -140,6 +145,7 @@ def fit(
     chosen: dict[str, Any] = {
         "calibration": calibration,
         "held_out": held_out,
+        "distill": count_of(distill, "--distill") if distill else None,
         "corpus": tuple(corpus or ()),
         "limit": max_candidates,
         "method": method,
@@ -283,7 +289,7 @@ def export(
     console.print(f"written to {out} ({look(out).file_bytes / (1 << 20):.1f} MiB)", soft_wrap=True)
 
 
-app.command()(distill)
+app.command(name="distill")(distill_command)
 app.command()(prune)
 app.command()(recover)
 app.command()(vocabulary)

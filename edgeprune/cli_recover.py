@@ -69,7 +69,7 @@ def recover(
 
     import torch
 
-    from edgeprune.calibration import read_texts, read_weighted
+    from edgeprune.calibration import read_texts, read_weighted, weights_of
     from edgeprune.errors import unknown
     from edgeprune.models import checkpoint_folder, resolve
     from edgeprune.recipe import RECIPES, Method
@@ -89,7 +89,7 @@ def recover(
             out,
             seconds=duration(time, "--time"),
             text=[each for each, _ in given] if text else None,
-            weights=[weight for _, weight in given] if any(weight != 1 for _, weight in given) else None,
+            weights=weights_of(given),
             held_out=[each for path in held_out for each in read_texts(path)] if held_out else None,
             method=cast("Method", method),
             recipe=recipe,

@@ -18,7 +18,7 @@ import torch
 
 from edgeprune.boards import Place, place
 from edgeprune.bundle import CHECKPOINTS, Made, write_bundle
-from edgeprune.calibration import TextSet, held_out_text, licence_of, read_texts, text_set
+from edgeprune.calibration import licence_of
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.corpus import corpus
@@ -26,10 +26,11 @@ from edgeprune.damage import MEASURED_SHARES
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import cache_dir, read_json, write_json
+from edgeprune.fit_texts import HELD_OUT_LENGTH, HELD_OUT_WINDOWS, calibration_text, held_out, recovery_text
 from edgeprune.heldout import scripts
 from edgeprune.judging import JudgedOn, Measured, choose, verdict
 from edgeprune.making import Maker
-from edgeprune.models import Model, checkpoint_folder, load, resolve
+from edgeprune.models import checkpoint_folder, load, resolve
 from edgeprune.plan import head_options
 from edgeprune.precision import fast_dtype
 from edgeprune.proposal import Proposal, estimated_seconds, propose
@@ -37,7 +38,6 @@ from edgeprune.pruning import (
     AMP,
     CALIBRATION_LENGTH,
     CALIBRATION_TEXTS,
-    GIVEN_TEXTS,
     JUDGED_TEXTS,
     JUDGED_WINDOWS,
     WINDOW,
@@ -66,10 +66,8 @@ from edgeprune.targets import Target, default_targets, target_for
 from edgeprune.vocabulary_damage import SHARES
 from edgeprune.workshop import TIMEOUT_S, Workshop
 
-# 16 windows tell apart what differs by a few per cent in KL on the demo model; more would only take longer.
-HELD_OUT_WINDOWS = 16
-HELD_OUT_LENGTH = 512
 FIT_METHODS = (OBS, AMP)
+DISTILLED = "distilled"  # folder of a run: what the calibration text was distilled to
 
 Progress = Callable[[str, int, int], None]
 
@@ -83,6 +81,8 @@ class FitOptions:
         ratios: shares of all parameters to try removing; dense is always among them.
         calibration: text to score on, a file or hub dataset; None: the model writes its own.
         held_out: text to judge on, a file; None: the model writes its own, other than the calibration's.
+        distill: tokens that the calibration text is distilled to, once for calibration and, with the pruned model at
+            hand, once for recovery; None: it is used as it is.
         corpus: text files, JSONL files or folders of them: what the model will be used for. With it "obs" may drop
             tokens that it hardly uses, where something has to go and that costs least.
         threads: threads of the runtimes here. Predictions use the device's.
@@ -102,6 +102,7 @@ class FitOptions:
     ratios: tuple[float, ...] = RATIOS
     calibration: str | None = None
     held_out: str | None = None
+    distill: int | None = None
     corpus: tuple[str | Path, ...] = ()
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     method: str = OBS
@@ -152,6 +153,8 @@ def prepare(
     """
     say = None if progress is None else lambda text: progress(text, 0, 0)
     check_corpus(options.corpus, options.method)
+    if options.distill and options.calibration is None:
+        raise BadInput("there is no text to distil", where="--distill", remedy="name it with --calibration")
     if options.corpus:
         corpus(options.corpus_paths)  # that it is there
     source = checkpoint_folder(resolve(str(model), say=say), say=say)
@@ -243,10 +246,10 @@ def fit(
             shutil.rmtree(out / folder, ignore_errors=True)
 
     loaded = load(source)
-    calibration = _calibration(loaded, settings, progress)
+    calibration = calibration_text(loaded, settings, out / DISTILLED, progress)
 
     # The reference: what the dense model says of held-out text, once.
-    text, text_source = _held_out(loaded, settings, progress)
+    text, text_source = held_out(loaded, settings, progress)
     model_hash = loaded.hash
     scores = cached_scores(loaded, calibration, progress=progress) if settings.method == AMP else None
     del loaded  # the runtimes run in processes of their own; this one's copy of the weights is done with
@@ -272,7 +275,14 @@ def fit(
         gate_s=settings.gate_s,
         place=there,
         context=budget.context,
-        make=Maker(source, model_hash, calibration, settings.seed, _recovery_text(settings), settings.corpus_paths),
+        make=Maker(
+            source,
+            model_hash,
+            calibration,
+            settings.seed,
+            recovery_text(source, settings, out / DISTILLED),
+            settings.corpus_paths,
+        ),
         texts=calibration,
         checkpoints=out / CHECKPOINTS,
     )
@@ -394,34 +404,3 @@ def _writable(out: Path) -> Path:
     except OSError as error:
         raise BadInput(f"cannot write ({error.strerror})", where=out, remedy="choose another --out") from error
     return out
-
-
-def _calibration(model: Model, settings: FitOptions, progress: Progress | None) -> TextSet:
-    return text_set(
-        model,
-        settings.calibration,
-        count=CALIBRATION_TEXTS if settings.calibration is None else GIVEN_TEXTS,
-        length=CALIBRATION_LENGTH,
-        seed=settings.seed,
-        progress=None if progress is None else lambda d, t: progress("writing calibration text", d, t),
-    )
-
-
-def _recovery_text(settings: FitOptions) -> tuple[str, ...] | None:
-    """What recovery trains on: all of the calibration file, if there is one; else the dense model writes."""
-    path = Path(settings.calibration).expanduser() if settings.calibration else None
-    return tuple(read_texts(path)) if path and path.exists() else None
-
-
-def _held_out(model: Model, settings: FitOptions, progress: Progress | None) -> tuple[str, str]:
-    """The text to judge on, and where it is from."""
-    if settings.held_out is not None:
-        return "\n\n".join(read_texts(Path(settings.held_out).expanduser())), settings.held_out
-    own = held_out_text(
-        model,
-        windows=HELD_OUT_WINDOWS,
-        length=HELD_OUT_LENGTH,
-        seed=settings.seed,
-        progress=None if progress is None else lambda d, t: progress("writing held-out text", d, t),
-    )
-    return "\n\n".join(own.texts), own.source

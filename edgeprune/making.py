@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.calibration import TextSet
+from edgeprune.calibration import TextSet, weights_of
 from edgeprune.candidates import Candidate
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.compensated import Origin
@@ -16,6 +16,8 @@ from edgeprune.pruning import write_pruned
 from edgeprune.surgery import prune_checkpoint
 
 Progress = Callable[[str, int, int], None]
+# From the pruned folder to texts with what each counts for; None: the dense model writes them.
+RecoveryText = Callable[[Path, Progress | None], list[tuple[str, float]] | None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Maker:
         model_hash: its identity.
         texts: calibration text.
         seed: of recovery.
-        recovery_text: what recovery trains on; None: what the dense model writes.
+        recovery_text: gives what recovery trains on.
         corpus: text on which tokens are counted where some go.
     """
 
@@ -35,7 +37,7 @@ class Maker:
     model_hash: str
     texts: TextSet
     seed: int = 0
-    recovery_text: tuple[str, ...] | None = None
+    recovery_text: RecoveryText = lambda _pruned, _progress: None
     corpus: tuple[Path, ...] = ()
 
     def __call__(self, candidate: Candidate, out: Path, progress: Progress | None) -> None:
@@ -54,12 +56,14 @@ class Maker:
         with tempfile.TemporaryDirectory(prefix=".pruned.", dir=out.parent) as scratch:
             pruned = Path(scratch) / "pruned"
             self._prune(candidate, pruned, progress)
+            given = self.recovery_text(pruned, progress)
             recover(
                 pruned,
                 self.source,
                 out,
                 seconds=candidate.recovery_s,
-                text=self.recovery_text,
+                text=None if given is None else [text for text, _ in given],
+                weights=weights_of(given),
                 seed=self.seed,
                 progress=progress,
             )

@@ -222,6 +222,7 @@ def _command(result: FitResult, options: FitOptions) -> str:
         "--quant": ",".join(target.quantisation for target in options.targets),
         "--calibration": options.calibration,
         "--held-out": options.held_out,
+        "--distill": options.distill,
         "--ratios": ",".join(f"{r:g}" for r in options.ratios) if options.ratios != RATIOS else None,
         "--max-candidates": options.limit,
         "--method": options.method,

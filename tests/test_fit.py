@@ -20,6 +20,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.cost import judge
 from edgeprune.devices import Budget, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
+from edgeprune.files import read_json
 from edgeprune.fitting import FitResult, choose, fit
 from edgeprune.metrics import mean_interval
 from edgeprune.plan import PrunePlan, Scope, WidthPlan
@@ -138,10 +139,23 @@ def test_recovery_trains_the_best_and_measures_it_too(wide: Path, tmp_path: Path
     budget = speed_between(wide, 0.3, "Q8_0", 64)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(SENTENCES) * 40)
-    result = run(wide, tmp_path / "run", budget, method="obs", targets=["Q8_0"], recovery_s=12.0, calibration=str(text))
+    options = {"method": "obs", "targets": ["Q8_0"], "calibration": str(text), "distill": 2048}
+    result = run(wide, tmp_path / "run", budget, recovery_s=6.0, **options)
     names = {c.name for c, t in result.trials if t.status == "ok"}
     assert any("-recovered-" in name for name in names)
     assert result.chosen.name in names
+    # The text was distilled twice: before there was a pruned model, and with it.
+    records = {path.name: read_json(path) for path in (tmp_path / "run" / "distilled").glob("*.record.json")}
+    assert sorted(records) == ["calibration.jsonl.record.json", "recovery.jsonl.record.json"]
+    assert [record["student"] is None for _, record in sorted(records.items())] == [True, False]
+    assert all(0 < record["tokens"] <= 2048 for record in records.values())
+    fit = read_json(tmp_path / "run" / "fit.json")
+    assert fit["calibration"]["source"].endswith("calibration.jsonl") and "--distill 2048" in fit["commands"]["again"]
+
+
+def test_there_must_be_text_to_distil(wide: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"--distill.*--calibration"):
+        run(wide, tmp_path / "run", Budget(), distill=1024)
 
 
 def test_weights_that_ship_are_kept_and_made_anew_on_demand(wide: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgeprune.distillation.base import Basket, Choice, Floats, Task
-from edgeprune.distillation.matching import pursue
+from edgeprune.distillation.matching import match
 
 RIDGE = 0.01  # a text's features are mostly common to all texts: more damping would drown what tells them apart
 _FEATURES = 1024
@@ -28,6 +28,6 @@ def kernel_features(points: Floats, rng: np.random.Generator, count: int = _FEAT
 
 
 def select(task: Task) -> Choice:
-    """Pursue the kernel mean of the pool's mean hidden states."""
+    """Match the kernel mean of the pool's mean hidden states."""
     features = kernel_features(task.of_candidates(task.readings.means), task.rng)
-    return pursue(features, features.mean(axis=0), Basket(task.quota, task.lengths), RIDGE)
+    return match(features, features.mean(axis=0), Basket(task.quota, task.lengths), RIDGE)

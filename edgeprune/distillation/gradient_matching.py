@@ -2,8 +2,8 @@
 
 A training step moves weights along a mean gradient; a set with the pool's mean gradient moves them as the pool would.
 The gradient is that of KL(dense ‖ pruned) and cross-entropy as recovery mixes them, at the output head and at the
-pruned projections of the last layers, known by sketches of its rank-one parts (`gradients`). Greedy, with weights
-solved anew in each turn (`matching.pursue`).
+pruned projections of the last layers, known by sketches of its rank-one parts (`gradients`). Texts are taken one by
+one so that their mean is nearest to the pool's, then weighed exactly (`matching.match`).
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import numpy as np
 
 from edgeprune.distillation.base import Basket, Choice, Task
-from edgeprune.distillation.matching import pursue
+from edgeprune.distillation.matching import match
 
 RIDGE = 0.5  # as GRAD-MATCH has it, relative to the mean square of a text's gradient
 
 
 def select(task: Task) -> Choice:
-    """Pursue the mean gradient of the candidates: of their tokens where tokens are counted, else of texts."""
+    """Match the mean gradient of the candidates: of their tokens where tokens are counted, else of texts."""
     features = task.of_candidates(task.readings.gradients)
     sizes = np.ones(len(features)) if task.quota.tokens is None else task.lengths.astype(np.float64)
-    found = pursue(features, sizes @ features / sizes.sum(), Basket(task.quota, task.lengths), RIDGE)
+    found = match(features, sizes @ features / sizes.sum(), Basket(task.quota, task.lengths), RIDGE)
     if found.weights is None:
         return found
     each = found.weights / sizes[found.taken]  # a text's share of the mean is that of all its tokens

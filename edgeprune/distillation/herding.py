@@ -9,4 +9,4 @@ from edgeprune.distillation.matching import herd
 def select(task: Task) -> Choice:
     """Herd the mean hidden states."""
     features = task.of_candidates(task.readings.means)
-    return herd(features, features.mean(axis=0), Basket(task.quota, task.lengths))
+    return Choice(herd(features, features.mean(axis=0), Basket(task.quota, task.lengths)))

