@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from edgeprune.distillation.base import Floats, Indices, Readings
 
@@ -67,6 +68,13 @@ class LabelledReadings:
         points = torch.from_numpy(self._standard(means))
         parts = [part / scale for part, scale in zip(self._raw(points, labels), self._scales, strict=True)]
         return np.concatenate(parts, axis=1)
+
+    def agrees(self, means: Floats, labels: Indices) -> NDArray[np.bool_]:
+        """Whether the classifier, trained on the pool, gives other texts these labels, (m,)."""
+        self._fit()
+        weight, bias = self._layers[-1]
+        said = torch.from_numpy(self._standard(means)) @ weight.T + bias
+        return np.asarray(said.argmax(-1).numpy() == labels)
 
     def _standard(self, means: Floats) -> Floats:
         pool = np.asarray(self._readings.means, dtype=np.float32)

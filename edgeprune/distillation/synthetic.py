@@ -5,7 +5,8 @@ in three steps that train nothing:
 
 1. the model writes more candidates than are wanted: continuations of the first words of the pool's texts, or, with
    labels, another text after some of one class;
-2. of those that it finds likely, the ones whose weighted gradient is the pool's are taken, as `gradient-matching` does;
+2. of those that it finds likely, and that a classifier trained on the pool takes for their class, the ones whose
+   weighted gradient is the pool's are taken, as `gradient-matching` does;
 3. some of their tokens are replaced by others that the model finds likely there; an edit stays if it brings the set's
    gradient nearer to the pool's and does not make the text much less likely.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from edgeprune.calibration import continued
-from edgeprune.distillation.base import Basket, Floats, Order, Quota, Written
+from edgeprune.distillation.base import Basket, Floats, Indices, Order, Quota, Written
 from edgeprune.distillation.gradient_matching import RIDGE
 from edgeprune.distillation.labelled import LabelledReadings
 from edgeprune.distillation.matching import match
@@ -28,6 +29,7 @@ from edgeprune.models import Model, load
 from edgeprune.precision import fast_copy, fast_products
 
 SURPLUS = 2.0  # candidates for each text wanted
+SURPLUS_LABELLED = 6.0  # the same with labels, since a small model often writes for another class than it was shown
 ROUNDS = 2  # of edits
 _LIKELY = 0.75  # share of the candidates that stay after those of highest perplexity are gone
 _BEGUN = 16  # tokens of the pool's text that a candidate begins with
@@ -46,6 +48,7 @@ class _Texts:
     pool: Pool
     features: Floats
     nlls: Floats
+    fitting: Indices  # those that the classifier trained on the pool takes for their class; all without labels
 
 
 def write(order: Order) -> Written:
@@ -78,7 +81,12 @@ def _matched(
     target = judge.target(label)
     rng = np.random.default_rng([order.seed, label or 0])
     texts = judge(_candidates(order, model, writer, label, quota, rng), label)
-    likely = np.sort(np.argsort(texts.nlls, kind="stable")[: max(1, round(_LIKELY * len(texts.pool)))])
+    unlikely_last = np.argsort(texts.nlls, kind="stable")
+    fitting = unlikely_last[np.isin(unlikely_last, texts.fitting)]
+    # Where too few fit, the likeliest of the others make up the number.
+    others = unlikely_last[~np.isin(unlikely_last, texts.fitting)]
+    room = max(round(_LIKELY * len(fitting)), quota.count or 1)
+    likely = np.sort(np.concatenate([fitting, others])[:room])
     choice = match(texts.features[likely], target, Basket(quota, texts.pool.lengths[likely]), RIDGE)
     chosen = likely[choice.taken]
     weights = choice.weights if choice.weights is not None else np.ones(len(chosen))
@@ -132,10 +140,11 @@ class _Judge:
         )
         if self._classified is None or label is None:
             found = self._order.read(pool, ("gradients", "nlls"))
-            return _Texts(pool, found.gradients_like(self._base), np.array(found.nlls))
+            return _Texts(pool, found.gradients_like(self._base), np.array(found.nlls), np.arange(len(pool)))
         found = self._order.read(pool, ("means", "nlls"))
         labels = np.full(len(pool), label, dtype=np.int64)
-        return _Texts(pool, self._classified.gradients_of(found.means, labels), np.array(found.nlls))
+        fitting = self._classified.agrees(found.means, labels).nonzero()[0]
+        return _Texts(pool, self._classified.gradients_of(found.means, labels), np.array(found.nlls), fitting)
 
 
 def _candidates(
@@ -144,7 +153,7 @@ def _candidates(
     """Texts that the model writes, in the pool's manner."""
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     if quota.tokens is None:
-        wanted = round(SURPLUS * (quota.count or 1))
+        wanted = round(SURPLUS_LABELLED * (quota.count or 1))
     else:
         wanted = max(2, round(SURPLUS * quota.tokens / LENGTH))
     texts: list[str] = []
