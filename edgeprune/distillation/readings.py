@@ -91,6 +91,8 @@ class ModelReadings:
                 remedy="give the dense model the same vocabulary",
             )
         self._pool, self._how, self._bos = pool, how, bos
+        # What the dense model alone says is found again whatever pruned model stands beside it.
+        student = student if {"divergences", "gradients"} & set(how.columns) else None
         self._dense, self._student = dense, student
         self._say = say or (lambda _stage, _done, _total: None)
         ways = [SCHEMA_VERSION, pool.hash, asdict(how), bos, str(fast_dtype())]
@@ -236,7 +238,7 @@ class Reader:
         mask = (torch.arange(ids.shape[1]) < counts[:, None]).float()  # (texts, length)
         dense, _ = _through(self._dense, ids, ())
         student, inputs = dense, dict[int, Tensor]()
-        if self._student is not None and {"divergences", "gradients"} & set(self._how.columns):
+        if self._student is not None:
             student, inputs = _through(self._student, ids, self._layers if self._how.depth else ())
         elif "gradients" in self._how.columns and self._how.depth:
             _, inputs = _through(self._dense, ids, self._layers)
