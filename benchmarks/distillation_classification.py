@@ -26,7 +26,8 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ import transformers
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.distillation import METHODS
-from edgeprune.distillation.base import Floats, Indices, Quota, Task
+from edgeprune.distillation.base import Floats, Indices, Quota, Readings, Task
 from edgeprune.distillation.labelled import LabelledReadings
 from edgeprune.distillation.pool import Fields, Pool, Source, make_pool
 from edgeprune.distillation.readings import ModelReadings, Reading
@@ -95,19 +96,6 @@ DATA: dict[str, Callable[[Path], tuple[Texts, Texts]]] = {
     "agnews": _news,
     "mnli": lambda f: (_mnli(f / "mnli_train9k.json"), _mnli(f / "mnli_dev1k.json")),
 }
-
-
-class Frozen:
-    """Readings whose means are given."""
-
-    def __init__(self, means: Floats) -> None:
-        self.means = means
-
-    @property
-    def gradients(self) -> Floats:
-        raise NotImplementedError
-
-    errors = divergences = gradients
 
 
 class Encoder:
@@ -195,7 +183,7 @@ class Problem:
         part = np.sort(np.random.default_rng(seed).permutation(len(self.pool))[: round(0.8 * len(self.pool))])
         pool = self.pool.subset(part)
         assert pool.labels is not None
-        readings = LabelledReadings(Frozen(self.states[part]), pool.labels)
+        readings = LabelledReadings(cast("Readings", SimpleNamespace(means=self.states[part])), pool.labels)
         taken: list[int] = []
         weights: list[float] = []
         for label in range(len(pool.classes)):

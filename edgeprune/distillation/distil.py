@@ -186,7 +186,7 @@ def _quota(tokens: int | None, per_class: int | None, fields: Fields) -> Quota:
         raise BadInput(
             "texts of each class need a label", where="--per-class", remedy="give --label-field with --per-class"
         )
-    if (tokens if per_class is None else per_class) <= 0:  # type: ignore[operator]
+    if (tokens or per_class or 0) <= 0:
         raise BadInput("asks for nothing", where="--tokens or --per-class", remedy="give a number above 0")
     return Quota(tokens, per_class)
 
