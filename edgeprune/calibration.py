@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from edgeprune.corpus import TEXT_FIELDS, hub_records, record_text
+from edgeprune.corpus import TEXT_FIELDS, Corpus, hub_records, record_text, records
 from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.importance import text_hash
@@ -88,6 +88,9 @@ def weights_of(texts: Sequence[tuple[str, float]] | None) -> list[float] | None:
 
 def _records(path: Path) -> Iterator[Any]:
     """What a file holds: JSON values, or the text of a text file as one."""
+    if ".jsonl" in path.suffixes:
+        yield from (record for _, record in records(Corpus((path,), "")))
+        return
     try:
         if path.suffix == ".gz":
             raw = gzip.decompress(path.read_bytes()).decode("utf-8")
@@ -95,21 +98,14 @@ def _records(path: Path) -> Iterator[Any]:
             raw = path.read_text(encoding="utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the text ({error})", where=path, remedy="give UTF-8 text or JSONL") from error
-    if ".jsonl" in path.suffixes:
-        for number, line in enumerate(raw.splitlines(), start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise BadInput(f"line {number} is not JSON ({error})", where=path) from error
-    elif ".json" in path.suffixes:
+    if ".json" in path.suffixes:
         try:
-            records = json.loads(raw)
+            found = json.loads(raw)
         except ValueError as error:
             raise BadInput(f"not JSON ({error})", where=path) from error
-        if not isinstance(records, list):
+        if not isinstance(found, list):
             raise BadInput("expected a list of records with text", where=path)
-        yield from records
+        yield from found
     elif raw.strip():
         yield raw
 

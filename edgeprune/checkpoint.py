@@ -138,6 +138,7 @@ class Checkpoint:
             raise BadInput("no *.safetensors file", where=folder)
         self.shape: ModelShape = shape_from_config(self.config, where=folder / "config.json")
         self._entries: dict[str, _Entry] = {}
+        self._hash: str | None = None
         for file in self.files:
             self._entries.update(_read_header(file))
 
@@ -185,7 +186,9 @@ class Checkpoint:
 
     def hash(self) -> str:
         """SHA-256 over the config and the weights' bytes: the identity of the model in caches and records."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in self.files:
-            digest.update(sha256(file).encode())
-        return digest.hexdigest()
+        if self._hash is None:  # reading all weights takes a second for each gigabyte
+            digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+            for file in self.files:
+                digest.update(sha256(file).encode())
+            self._hash = digest.hexdigest()
+        return self._hash

@@ -64,11 +64,6 @@ class Sketch:
         self._left = _signs(outputs, size[0], generator)
         self._right = _signs(inputs, size[1], generator)
 
-    @property
-    def length(self) -> int:
-        """Values of a sketch."""
-        return self._left.shape[1] * self._right.shape[1]
-
     def left(self, delta: Tensor) -> Tensor:
         """Pᵀδ / √p of rows, (N, outputs) -> (N, p), float32."""
         return (delta @ self._left) / math.sqrt(self._left.shape[1])

@@ -8,6 +8,7 @@ first step only; the points here are the untrained layer, where all classes are 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class LabelledReadings:
         self._layers: list[Linear] = []
         self._scales: list[float] = []
 
-    @property
+    @cached_property
     def means(self) -> Floats:
         """The representation, (n, hidden), each value with mean 0 and variance 1 over the pool."""
         return self._standard(self._readings.means)
@@ -49,12 +50,12 @@ class LabelledReadings:
         """As the language models say."""
         return self._readings.divergences
 
-    @property
+    @cached_property
     def gradients(self) -> Floats:
         """Gradients at each point, of the same mean square each, side by side: (n, points · classes · k)."""
         return self.gradients_of(self._readings.means, self._labels)
 
-    @property
+    @cached_property
     def errors(self) -> Floats:
         """‖softmax - one-hot‖ of the classifier, mean over the points after the first, (n,)."""
         self._fit()
