@@ -119,7 +119,7 @@ def curve(args: argparse.Namespace) -> list[dict[str, Any]]:
                 while written < wanted:
                     line = rng.choice(lines)
                     written += file.write(line + "\n")
-            command = [sys.executable, "-m", "edgeprune.cli", "distill", str(source), "--out", str(out), "--json"]
+            command = [sys.executable, "-m", "edgeprune", "distill", str(source), "--out", str(out), "--json"]
             command += ["--model", str(checkpoint_folder(resolve("demo"))), "--student", str(args.student)]
             command += ["--method", "gradient-matching", "--tokens", "64k"]
             environ = {**os.environ, "EDGEPRUNE_CACHE": str(Path(scratch) / "cache")}

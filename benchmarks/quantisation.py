@@ -8,7 +8,8 @@ in smaller types, and mixtures of types per tensor found under budgets of bytes 
 that the Fisher information tells of each type of each tensor (`edgeprune.sensitivity`, `edgeprune.bit_allocation`).
 The calibration text (importance matrix, Fisher information) and the held-out text must be different texts. KL, top-1
 agreement and bits per byte are of the exported file in llama.cpp. Each pruned FOLDER (of all the dense model's tokens)
-gets the mixed rows under the same budgets, with an importance matrix and a Fisher diagonal of its own.
+gets the mixed rows under the same budgets, with an importance matrix and a Fisher diagonal of its own; it may have been
+recovered, which its rows' names say.
 
 A row whose name starts with "mixed" is one file for a budget; "mixed+Q2_0" may also use Q2_0 by a quantiser of our own
 (`gguf_rows.best_q2_0`), since llama.cpp's leaves nearly nothing of a model that was not trained for it. It is the one
@@ -59,6 +60,7 @@ from edgeprune.imatrix import cached_importance_matrix
 from edgeprune.models import Model, load
 from edgeprune.quality import evaluate
 from edgeprune.record import environment
+from edgeprune.recovery import RECORD
 from edgeprune.reference import make_reference
 from edgeprune.runtimes.gguf_file import BLOCKS, GgufFile, tensor_bytes
 from edgeprune.sensitivity import fisher_diagonal
@@ -97,8 +99,9 @@ class Bench:
         self.work: Path = args.work
         self.threads: int = args.threads
         self.model = dense if pruned is None else load(pruned)
-        self.label = "" if pruned is None else f"{pruned.name}, "
         self.removed = 1 - self.model.shape.parameters / dense.shape.parameters
+        trained = pruned is not None and (pruned / RECORD).exists()
+        self.label = "" if pruned is None else f"{self.removed:.0%} pruned, {'recovered, ' if trained else ''}"
         self.dense_bytes = per_token(dense.shape, "Q4_0")
         self.work.mkdir(parents=True, exist_ok=True)
         self.calibration = calibration

@@ -1,8 +1,8 @@
 """Which widths each layer gets: the least damage that a budget allows, by mixed-integer programming.
 
-One option of every group (a layer's heads, a layer's MLP) is taken; damages add up, costs add up, and each cost has a
-limit: a multiple-choice knapsack, solved exactly. That damages of single changes add up is an approximation; the best
-plans are measured afterwards. Sources of the idea: ZipLM (arXiv 2302.04089), NVIDIA's Puzzle (arXiv 2411.19146).
+One option of every group (a layer's heads, a layer's MLP) is taken: a multiple-choice knapsack. That damages of single
+changes add up is an approximation; the best plans are measured afterwards. Sources of the idea: ZipLM (arXiv
+2302.04089), NVIDIA's Puzzle (arXiv 2411.19146).
 """
 
 from __future__ import annotations
@@ -12,71 +12,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import optimize, sparse
 
 from edgeprune.damage import DamageTable
-from edgeprune.errors import NothingFits, StageFailed
+from edgeprune.knapsack import Array, Group, choose_options
 from edgeprune.shape import LayerShape, ModelShape
 
 if TYPE_CHECKING:
     from edgeprune.vocabulary_damage import VocabularyOption
-
-Array = NDArray[np.float64]
-
-# The damage table is itself off by a few per cent: proving the last tenth of a per cent would be time wasted.
-_GAP = 1e-3
-_TIME_S = 60.0
-
-
-@dataclass(frozen=True)
-class Group:
-    """Options of which exactly one is taken.
-
-    Attributes:
-        damages: (options,), nats per token.
-        costs: (options, costs), in the units of the limits.
-    """
-
-    damages: Array
-    costs: Array
-
-
-def choose_options(groups: Sequence[Group], limits: Array) -> list[int]:
-    """The option of each group with the least damage in all, within the limits.
-
-    Args:
-        limits: (costs,), the most that each cost may add up to.
-
-    Returns:
-        An index for each group.
-
-    Raises:
-        NothingFits: the cheapest options together are beyond a limit.
-        StageFailed: the solver gives up.
-    """
-    counts = [len(group.damages) for group in groups]
-    ends = np.cumsum(counts)
-    damages = np.concatenate([group.damages for group in groups])
-    costs = np.concatenate([group.costs for group in groups])
-    rows = np.repeat(np.arange(len(groups)), counts)
-    one_each = sparse.csr_matrix((np.ones(ends[-1]), (rows, np.arange(ends[-1]))))
-    scale = np.maximum(np.abs(limits), 1e-12)  # bytes and parameters are millions: the solver wants numbers near 1
-    answer = optimize.milp(
-        damages,
-        constraints=[
-            optimize.LinearConstraint(one_each, 1, 1),
-            optimize.LinearConstraint((costs / scale).T, -np.inf, limits / scale),
-        ],
-        integrality=np.ones(ends[-1]),
-        bounds=optimize.Bounds(0, 1),
-        options={"mip_rel_gap": _GAP, "time_limit": _TIME_S},
-    )
-    if answer.status == 2:
-        raise NothingFits("no choice of widths meets the budget", remedy="relax it, or take a smaller model")
-    if answer.x is None:
-        raise StageFailed(f"the solver found no plan ({answer.message})")
-    return [int(np.argmax(answer.x[end - count : end])) for count, end in zip(counts, ends, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -361,7 +361,3 @@ def main() -> None:
             raise
         problem(f"the disk is full ({error.filename or error.strerror}); free some space and run the command again")
         sys.exit(BadInput.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -75,6 +75,10 @@ class Mix:
     kl: float = 0.7
     ce: float = 0.3
 
+    def of(self, kl: float, ce: float) -> float:
+        """The loss that these two make."""
+        return self.kl * kl + self.ce * ce
+
 
 @dataclass(frozen=True)
 class Head:

@@ -63,6 +63,8 @@ def resolve(name: str, *, say: Say | None = None) -> Path:
         raise BadInput("no such file or folder", where=path)
     if _HUB_ID.fullmatch(name):
         return _from_hub(name)
+    if "/" in name:
+        raise BadInput("no such file or folder", where=path)
     raise unknown("model", name, DEMO_MODELS)
 
 

@@ -304,10 +304,9 @@ class _Run:
 
     def _keep_if_best(self) -> None:
         self._log()
-        held, best = self._judge(), self.state.best
-        # Where cross-entropy alone is trained, the teacher is not what the student is drawn to.
-        figure = "kl" if self.recipe.mix.kl else "ce"
-        if best is None or getattr(held, figure) < getattr(best, figure):
+        held, best, mix = self._judge(), self.state.best, self.recipe.mix
+        # By what is trained: where little was pruned, cross-entropy falls by more than the KL rises.
+        if best is None or mix.of(held.kl, held.ce) < mix.of(best.kl, best.ce):
             self.state.best, self.state.best_step, self.best = held, self.state.steps, self._copy()
 
     def _checkpoint(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.allocation import Group, Options, allocate_parameters, choose_options
+from edgeprune.allocation import Options, allocate_parameters
 from edgeprune.damage import DamageTable, HeadOption, WidthOption
 from edgeprune.errors import NothingFits
 from edgeprune.families import FAMILIES
+from edgeprune.knapsack import Group, choose_options
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.vocabulary_damage import VocabularyOption
 
@@ -69,6 +72,23 @@ def test_choice_is_the_best_of_all(seed: int, n_groups: int, tightness: float) -
     damage = sum(g.damages[i] for g, i in zip(groups, chosen, strict=True))
     assert damage <= min(feasible)[0] * 1.0011 + 1e-9
     assert (sum(g.costs[i] for g, i in zip(groups, chosen, strict=True)) <= limits + 1e-6).all()
+
+
+def test_nothing_of_the_solver_reaches_standard_output() -> None:
+    """HiGHS prints a line while it solves this one; a command's JSON goes where it would stand."""
+    code = """
+import numpy as np
+from edgeprune.knapsack import Group, choose_options
+random = np.random.default_rng(10)
+groups = [
+    Group(np.sort(random.exponential(size=8))[::-1] ** 3, np.sort(random.integers(1, 10**6, (8, 1)), axis=0) * 1.0)
+    for _ in range(60)
+]
+choose_options(groups, np.array([60 * 4.2e5]), gap=1e-4, seconds=5)
+print("chosen")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "chosen\n"
 
 
 def test_sensitive_layers_keep_more_and_the_ratio_is_met() -> None:

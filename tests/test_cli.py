@@ -20,7 +20,7 @@ from edgeprune.cli import app
 def edgeprune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own, as a shell would."""
     return subprocess.run(
-        [sys.executable, "-m", "edgeprune.cli", *map(str, arguments)],
+        [sys.executable, "-m", "edgeprune", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -59,6 +59,7 @@ def test_every_command_has_help() -> None:
         (["fit", "--device", "rpi5", "--min-tps", "-3"], "min_tokens_per_s"),
         (["fit", "--device", "rpi5", "--max-time", "soon"], "--max-time"),
         (["fit", "--device", "rpi5", "--ratios", "0.1,many"], "--ratios"),
+        (["prune", "runs/last/model", "--ratio", "0.1", "--out", "x"], "runs/last/model: no such file or folder"),
         (["prune", "demo-", "--ratio", "0.1", "--out", "x"], "did you mean 'demo'?"),
         (["bench", "nowhere.gguf"], "no such file"),
         (["eval", "nowhere.gguf"], "nothing to judge on"),
@@ -233,7 +234,7 @@ def test_an_interrupted_fit_goes_on_where_it_stopped(tiny_folder: Path, tmp_path
     command = ["fit", "--model", tiny_folder, "--device", "rpi5", "--context", "128", "--out", "run", "--quant"]
     (tmp_path / "text.txt").write_text("The kettle sings before the water boils, and nobody listens. " * 800)
     first = subprocess.Popen(
-        [sys.executable, "-m", "edgeprune.cli", *map(str, command), "F32,F16,Q8_0,Q4_0", "--held-out", "text.txt"],
+        [sys.executable, "-m", "edgeprune", *map(str, command), "F32,F16,Q8_0,Q4_0", "--held-out", "text.txt"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,

@@ -111,6 +111,14 @@ def test_distillation_brings_the_student_nearer(student: Path, tiny_folder: Path
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_the_weights_written_are_of_the_least_held_out_loss(tiny_folder: Path, tmp_path: Path) -> None:
+    """A student that is the teacher cannot come nearer to it, but it can learn the text."""
+    result = run(tiny_folder, tiny_folder, tmp_path / "out", replace(QUICK, mix=Mix(0.3, 0.7)))
+    assert result.best_step > 0
+    assert result.before.kl < 1e-4 < result.after.kl
+    assert result.after.ce < result.before.ce - 0.1
+
+
 @pytest.mark.parametrize("method", ["distil", "lora"])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     method: str, student: Path, tiny_folder: Path, tmp_path: Path

@@ -109,7 +109,7 @@ def server(run: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "edgeprune.cli", "serve", str(run), "--port", str(port)]
+    command = [sys.executable, "-m", "edgeprune", "serve", str(run), "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         address = f"http://127.0.0.1:{port}"
         try:
