@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,14 @@ from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.importance import text_hash
 from edgeprune.models import Model
-from edgeprune.precision import fast_copy, fast_products
+from edgeprune.precision import fast_copy
+from edgeprune.writing import Progress, continued, in_batches, mean_nll, start_words
 
 SCHEMA_VERSION = 2
 SELF_GENERATED = "self-generated"
 HELD_OUT_SEED = 1 << 20  # of text to judge on: far from any seed that calibration text is written with
 _PREFIX_TOKENS = 2  # random words the model continues: enough to vary the topic
 _SURPLUS = 1.5  # texts written for each text kept; those of highest perplexity go
-_ROWS_AT_ONCE = 48  # texts written side by side: one read of the weights serves them all
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -173,62 +172,6 @@ def text_set(
     return take(model, texts, source, count=count, length=length)
 
 
-def _start_words(tokenizer: Any) -> torch.Tensor:
-    """Ids of tokens that begin a word of three letters or more: what a text may start with."""
-    special = set(tokenizer.all_special_ids)
-    ids = [
-        i
-        for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        if i not in special and token[:1] in "Ġ▁" and token[1:].isalpha() and len(token) > 3
-    ]
-    # A vocabulary without word marks (a byte-level toy) still has ids to start from.
-    return torch.tensor(ids or [i for i in range(len(tokenizer)) if i not in special])
-
-
-def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One id a row by the inverse of the cumulative distribution, which is several times as quick as multinomial.
-
-    Args:
-        logits: (rows, vocabulary), float32; -inf for what cannot be drawn.
-
-    Returns:
-        (rows, 1), int64.
-    """
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    # In (0, 1]: an id of probability 0 is never the first whose cumulative probability reaches it.
-    drawn = 1.0 - torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
-    return torch.searchsorted(cumulative, drawn * cumulative[:, -1:])
-
-
-@torch.inference_mode()
-def continued(model: Model, writer: Any, tokens: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Texts that begin with `tokens`, (rows, begun), sampled at temperature 1: (rows, length).
-
-    Args:
-        model: whose tokenizer says which tokens are special: they are not drawn, so a text goes on to its length.
-        writer: the module that writes, `fast_copy` of the model's.
-        length: tokens of a text, the first ones among them.
-    """
-    banned = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
-    cache, step, written = None, tokens, [tokens]
-    for _ in range(length - tokens.shape[1]):
-        result = writer(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = result.past_key_values
-        logits = result.logits[:, -1].float()
-        logits[:, banned] = -torch.inf
-        step = sample(logits, generator)
-        written.append(step)
-    return torch.cat(written, dim=1)
-
-
-@torch.inference_mode()
-def mean_nll(module: Any, ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood, in nats, of the tokens of one text, (length,), after the first."""
-    with fast_products():
-        logits = module(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    return float(torch.nn.functional.cross_entropy(logits.float(), ids[1:]))
-
-
 def self_generated(model: Model, *, count: int, length: int, seed: int, progress: Progress | None = None) -> TextSet:
     """Texts the model samples from random first words, the low-perplexity ones of them; cached by model and seed."""
     key = hashlib.sha256(
@@ -241,22 +184,24 @@ def self_generated(model: Model, *, count: int, length: int, seed: int, progress
         return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), ids, source)
     generator = torch.Generator().manual_seed(seed)
     writer = fast_copy(model.module)
-    words = _start_words(model.tokenizer)
-    wanted = round(count * _SURPLUS)
-    written: list[tuple[float, torch.Tensor]] = []
-    while len(written) < wanted:
-        rows = min(_ROWS_AT_ONCE, wanted - len(written))
+    words = start_words(model.tokenizer)
+
+    def write(rows: int) -> list[tuple[float, list[int]]]:
         begun = words[torch.randint(len(words), (rows, _PREFIX_TOKENS), generator=generator)]
+        found = []
         for row in continued(model, writer, begun, length, generator):
             # Sampled ids are not always what the tokenizer would give for their text; the text decides.
             text = model.tokenizer.decode(row, skip_special_tokens=True)
-            again = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"][:length])
-            written.append((mean_nll(model.module, again) if len(again) > 1 else torch.inf, again))
-        if progress:
-            progress(len(written), wanted)
+            again = model.tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+            found.append((mean_nll(model.module, torch.tensor(again)) if len(again) > 1 else float("inf"), again))
+        return found
+
+    partial = path.with_suffix(".partial.json")
+    written = in_batches(partial, round(count * _SURPLUS), generator, write, progress)
     written.sort(key=lambda pair: pair[0])
-    ids = tuple(piece for _, piece in written[:count])
+    ids = tuple(torch.tensor(piece) for _, piece in written[:count])
     write_json(path, {"schema_version": SCHEMA_VERSION, "source": source, "ids": [piece.tolist() for piece in ids]})
+    partial.unlink(missing_ok=True)
     return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), ids, source)
 
 

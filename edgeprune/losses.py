@@ -69,7 +69,8 @@ class Mix:
 
     SmolLM2-135M, a fifth pruned with compensation, 240 steps on C4 and Wikipedia; held-out KL, and bits per byte of
     other text (WikiText-2 validation) over dense, from 0.273 and 1.111: KL alone 0.205 and 1.085, 0.85 / 0.15 0.216 and
-    1.071, 0.7 / 0.3 0.239 and 1.064.
+    1.071, 0.7 / 0.3 0.239 and 1.064. A tenth pruned, 256 steps, KL and bits per byte of that other text: KL alone 0.172
+    and 1.181, 0.7 / 0.3 0.209 and 1.160; five tasks, 1,000 items each, 45.5 and 45.4 ± 0.7 %.
     """
 
     kl: float = 0.7

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.allocation import Group, Options, allocate
+from edgeprune.allocation import Options, allocate
 from edgeprune.candidates import Candidate, candidate_of, cost_of, kv_bytes, usable_targets
 from edgeprune.cost import DEFAULT_DEPTH, MIB, OVERHEAD_MIB, bytes_allowed, bytes_read_per_token, judge
 from edgeprune.damage import DamageTable
 from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import NothingFits
+from edgeprune.knapsack import Group
 from edgeprune.plan import WidthPlan, keep_all
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.targets import Target

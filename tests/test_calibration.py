@@ -10,9 +10,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from edgeprune.calibration import licence_of, mean_nll, read_texts, self_generated, text_set
+from edgeprune.calibration import licence_of, read_texts, self_generated, text_set
 from edgeprune.errors import BadInput
+from edgeprune.files import cache_dir
 from edgeprune.models import Model
+from edgeprune.writing import mean_nll
 
 
 def test_own_text_is_seeded_cached_and_of_the_length_asked_for(tiny: Model) -> None:
@@ -25,6 +27,26 @@ def test_own_text_is_seeded_cached_and_of_the_length_asked_for(tiny: Model) -> N
     assert len(one.ids) == 4 and all(2 <= len(ids) <= 24 for ids in one.ids)
     special = set(tiny.tokenizer.all_special_ids)
     assert not any(int(i) in special for ids in one.ids for i in ids)
+
+
+def test_own_text_goes_on_where_it_was_interrupted(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("edgeprune.writing.ROWS", 2)
+    whole = self_generated(tiny, count=4, length=24, seed=7)
+    monkeypatch.setenv("EDGEPRUNE_CACHE", str(tmp_path))
+    done: list[int] = []
+
+    def interrupt(written: int, _wanted: int) -> None:
+        done.append(written)
+        if written == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        self_generated(tiny, count=4, length=24, seed=7, progress=interrupt)
+    assert self_generated(tiny, count=4, length=24, seed=7, progress=lambda n, _: done.append(n)).hash == whole.hash
+    assert done == [2, 4, 6]
+    assert not list(cache_dir().rglob("*.partial.json"))
 
 
 def test_own_text_keeps_the_low_perplexity_part(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,9 +218,10 @@ def test_the_command(student: Path, tiny_folder: Path, tmp_path: Path, monkeypat
     app = typer.Typer()
     app.command()(command)
     arguments = [str(student), "--teacher", str(tiny_folder), "--text", str(text), "--length", "32", "--json"]
-    found = CliRunner().invoke(app, [*arguments, "--time", "2s", "--out", str(tmp_path / "out")])
+    found = CliRunner().invoke(app, [*arguments, "--time", "2s", "--kl", "1", "--out", str(tmp_path / "out")])
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["steps"] > 0 and (tmp_path / "out" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "recovery.json").read_text())["recipe"]["mix"] == {"kl": 1.0, "ce": 0.0}
     wrong = CliRunner().invoke(app, [*arguments, "--time", "soon", "--out", str(tmp_path / "out")])
     assert isinstance(wrong.exception, BadInput) and "no duration" in str(wrong.exception)
 

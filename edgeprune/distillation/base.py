@@ -159,6 +159,7 @@ class Order:
         read: gives readings of a pool, of the columns named: the whole pool's, or those of texts just written.
         seed: of whatever is drawn.
         scratch: a folder for what lasts as long as the work.
+        kept: a folder for what an interrupted work goes on from.
         say: told (stage, done, total).
     """
 
@@ -169,6 +170,7 @@ class Order:
     read: Callable[[Pool, tuple[str, ...]], ModelReadings]
     seed: int
     scratch: Path
+    kept: Path
     say: Progress
 
 

@@ -133,7 +133,7 @@ def distil(
             where = (cache if pieces is pool else scratch) / "readings"
             return ModelReadings(pieces, dense, pruned, how, where, bos=bos_of(tokenizer), say=say)
 
-        order = Order(pool, quota, model, student, reader, seed, scratch, say)
+        order = Order(pool, quota, model, student, reader, seed, scratch, cache, say)
         written = _made(order, entry, out)
     encoded = tokenizer(list(written.texts), add_special_tokens=False, verbose=False)["input_ids"] if written else []
     result = Distilled(

@@ -14,19 +14,21 @@ in three steps that train nothing:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from edgeprune.calibration import continued
-from edgeprune.distillation.base import Basket, Floats, Indices, Order, Quota, Written
+from edgeprune.distillation.base import Basket, Floats, Indices, Order, Written
 from edgeprune.distillation.gradient_matching import RIDGE
 from edgeprune.distillation.labelled import LabelledReadings
 from edgeprune.distillation.matching import match
 from edgeprune.distillation.pool import LENGTH, Fields, Pool, Source, make_pool
 from edgeprune.models import Model, load
 from edgeprune.precision import fast_copy, fast_products
+from edgeprune.writing import continued, in_batches
 
 SURPLUS = 2.0  # candidates for each text wanted
 SURPLUS_LABELLED = 6.0  # the same with labels, since a small model often writes for another class than it was shown
@@ -35,7 +37,6 @@ _LIKELY = 0.75  # share of the candidates that stay after those of highest perpl
 _BEGUN = 16  # tokens of the pool's text that a candidate begins with
 _SHOWN = 4  # texts of a class that the model reads before it writes another
 _MOST = 96  # tokens of a text with a label
-_ROWS = 32  # texts written side by side
 _EDITED = 0.05  # share of a text's tokens that an edit replaces
 _ALTERNATIVES = 20  # of the likeliest tokens at a place, from which an edit draws
 _TOLERATED = 0.1  # nats a token that an edit may make a text less likely
@@ -60,27 +61,23 @@ def write(order: Order) -> Written:
     model = load(order.model)
     writer = fast_copy(model.module)
     judge = _Judge(order, model)
-    if order.pool.labels is None:
-        texts, weights = _matched(order, model, writer, judge, None, order.quota)
-        return Written(texts, None, weights)
-    all_texts: list[str] = []
-    labels: list[str] = []
-    all_weights: list[float] = []
-    for label, name in enumerate(order.pool.classes):
-        texts, weights = _matched(order, model, writer, judge, label, order.quota)
-        all_texts += texts
-        labels += [name] * len(texts)
-        all_weights += weights
-    return Written(tuple(all_texts), tuple(labels), tuple(all_weights))
+    classes = list(enumerate(order.pool.classes)) if order.pool.labels is not None else [(None, None)]
+    parts = [_matched(order, model, writer, judge, label) for label, _ in classes]
+    for label, _ in classes:
+        _kept(order, model, label).unlink(missing_ok=True)
+    texts = tuple(text for part, _ in parts for text in part)
+    weights = tuple(weight for _, part in parts for weight in part)
+    labels = [name for (_, name), (part, _) in zip(classes, parts, strict=True) if name is not None for _ in part]
+    return Written(texts, tuple(labels) or None, weights)
 
 
 def _matched(
-    order: Order, model: Model, writer: torch.nn.Module, judge: _Judge, label: int | None, quota: Quota
+    order: Order, model: Model, writer: torch.nn.Module, judge: _Judge, label: int | None
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """Texts of one class, or of none, and their weights."""
-    target = judge.target(label)
+    quota, target = order.quota, judge.target(label)
     rng = np.random.default_rng([order.seed, label or 0])
-    texts = judge(_candidates(order, model, writer, label, quota, rng), label)
+    texts = judge(_candidates(order, model, writer, label), label)
     unlikely_last = np.argsort(texts.nlls, kind="stable")
     fitting = unlikely_last[np.isin(unlikely_last, texts.fitting)]
     # Where too few fit, the likeliest of the others make up the number.
@@ -147,45 +144,51 @@ class _Judge:
         return _Texts(pool, self._classified.gradients_of(found.means, labels), np.array(found.nlls), fitting)
 
 
-def _candidates(
-    order: Order, model: Model, writer: torch.nn.Module, label: int | None, quota: Quota, rng: np.random.Generator
-) -> list[str]:
+def _candidates(order: Order, model: Model, writer: torch.nn.Module, label: int | None) -> list[str]:
     """Texts that the model writes, in the pool's manner."""
-    generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-    if quota.tokens is None:
-        wanted = round(SURPLUS_LABELLED * (quota.count or 1))
-    else:
-        wanted = max(2, round(SURPLUS * quota.tokens / LENGTH))
-    texts: list[str] = []
-    while len(texts) < wanted:
-        order.say("writing candidates", len(texts), wanted)
-        rows = min(_ROWS, wanted - len(texts))
+    generator = torch.Generator().manual_seed(order.seed * 1_000_003 + (label or 0))
+    tokens, count = order.quota.tokens, order.quota.count
+    wanted = round(SURPLUS_LABELLED * (count or 1)) if tokens is None else max(2, round(SURPLUS * tokens / LENGTH))
+
+    def write_some(rows: int) -> list[str]:
         if label is None:
-            begun = _beginnings(order.pool, rows, rng)
+            begun = _beginnings(order.pool, rows, generator)
             written = continued(model, writer, begun, LENGTH, generator)
-            texts += [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
-        else:
-            prompt = _prompt(order, model, label, rng)
-            length = prompt.shape[1] + _MOST
-            written = continued(model, writer, prompt.expand(rows, -1), length, generator)[:, prompt.shape[1] :]
-            said = [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
-            texts += [line for text in said if (line := text.strip().partition("\n")[0].strip())]
-    order.say("writing candidates", wanted, wanted)
-    return texts[:wanted]
+            return [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+        prompt = _prompt(order, model, label, generator)
+        length = prompt.shape[1] + _MOST
+        written = continued(model, writer, prompt.expand(rows, -1), length, generator)[:, prompt.shape[1] :]
+        said = [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+        return [line for text in said if (line := text.strip().partition("\n")[0].strip())]
+
+    return in_batches(
+        _kept(order, model, label),
+        wanted,
+        generator,
+        write_some,
+        lambda done, total: order.say("writing candidates", done, total),
+    )
 
 
-def _beginnings(pool: Pool, rows: int, rng: np.random.Generator) -> torch.Tensor:
+def _kept(order: Order, model: Model, label: int | None) -> Path:
+    """Where the candidates of one class stay until the set is written."""
+    key = json.dumps([model.hash, order.pool.hash, label, asdict(order.quota), order.seed, LENGTH, _BEGUN, _MOST])
+    return order.kept / "texts" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.partial.json"
+
+
+def _beginnings(pool: Pool, rows: int, generator: torch.Generator) -> torch.Tensor:
     """First tokens of texts of the pool that are long enough, (rows, begun)."""
     begun = int(min(_BEGUN, np.median(pool.lengths)))
     long_enough = (pool.lengths >= begun).nonzero()[0]
-    return torch.tensor(np.stack([pool.ids(int(i))[:begun] for i in rng.choice(long_enough, size=rows)]))
+    drawn = torch.randint(len(long_enough), (rows,), generator=generator)
+    return torch.tensor(np.stack([pool.ids(int(i))[:begun] for i in long_enough[drawn]]))
 
 
-def _prompt(order: Order, model: Model, label: int, rng: np.random.Generator) -> torch.Tensor:
+def _prompt(order: Order, model: Model, label: int, generator: torch.Generator) -> torch.Tensor:
     """Some texts of a class, one a line, after which the model writes the next: (1, length)."""
     assert order.pool.labels is not None
     members = (order.pool.labels == label).nonzero()[0]
-    shown = rng.choice(members, size=min(_SHOWN, len(members)), replace=False)
+    shown = members[torch.randperm(len(members), generator=generator)[:_SHOWN]]
     lines = [" ".join(order.pool.text(int(i)).split()) for i in shown]
     text = "".join(f"{order.pool.classes[label]}: {line}\n" for line in lines) + f"{order.pool.classes[label]}:"
     return torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]])

@@ -1,0 +1,97 @@
+"""What a model writes: texts sampled side by side, and batches of them that outlast an interrupt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from edgeprune.files import read_json, write_json
+from edgeprune.models import Model
+from edgeprune.precision import fast_products
+
+ROWS = 48  # texts written side by side: one read of the weights serves them all
+Item = TypeVar("Item")
+Progress = Callable[[int, int], None]
+
+
+def in_batches(
+    path: Path, wanted: int, generator: torch.Generator, write: Callable[[int], list[Item]], progress: Progress | None
+) -> list[Item]:
+    """`wanted` items, `ROWS` at a time, kept in `path`: a run that was interrupted goes on, to the same items.
+
+    Args:
+        path: whose name tells all that the items depend on; the caller removes it.
+        generator: all that is random in `write`.
+        write: makes so many items, which JSON can hold.
+        progress: told (written, wanted) after each batch.
+    """
+    written: list[Item] = []
+    if path.exists():
+        kept = read_json(path)
+        written = kept["written"]
+        generator.set_state(torch.frombuffer(bytearray.fromhex(kept["generator"]), dtype=torch.uint8))
+    while len(written) < wanted:
+        written += write(min(ROWS, wanted - len(written)))
+        write_json(path, {"generator": bytes(generator.get_state().tolist()).hex(), "written": written})
+        if progress:
+            progress(min(len(written), wanted), wanted)
+    return written[:wanted]
+
+
+def start_words(tokenizer: Any) -> torch.Tensor:
+    """Ids of tokens that begin a word of three letters or more: what a text may start with."""
+    special = set(tokenizer.all_special_ids)
+    ids = [
+        i
+        for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if i not in special and token[:1] in "Ġ▁" and token[1:].isalpha() and len(token) > 3
+    ]
+    # A vocabulary without word marks (a byte-level toy) still has ids to start from.
+    return torch.tensor(ids or [i for i in range(len(tokenizer)) if i not in special])
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One id a row by the inverse of the cumulative distribution, which is several times as quick as multinomial.
+
+    Args:
+        logits: (rows, vocabulary), float32; -inf for what cannot be drawn.
+
+    Returns:
+        (rows, 1), int64.
+    """
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    # In (0, 1]: an id of probability 0 is never the first whose cumulative probability reaches it.
+    drawn = 1.0 - torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    return torch.searchsorted(cumulative, drawn * cumulative[:, -1:])
+
+
+@torch.inference_mode()
+def continued(model: Model, writer: Any, tokens: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Texts that begin with `tokens`, (rows, begun), sampled at temperature 1: (rows, length).
+
+    Args:
+        model: whose tokenizer says which tokens are special: they are not drawn, so a text goes on to its length.
+        writer: the module that writes, `fast_copy` of the model's.
+        length: tokens of a text, the first ones among them.
+    """
+    banned = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
+    cache, step, written = None, tokens, [tokens]
+    for _ in range(length - tokens.shape[1]):
+        result = writer(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = result.past_key_values
+        logits = result.logits[:, -1].float()
+        logits[:, banned] = -torch.inf
+        step = sample(logits, generator)
+        written.append(step)
+    return torch.cat(written, dim=1)
+
+
+@torch.inference_mode()
+def mean_nll(module: Any, ids: torch.Tensor) -> float:
+    """Mean negative log-likelihood, in nats, of the tokens of one text, (length,), after the first."""
+    with fast_products():
+        logits = module(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.float(), ids[1:]))
