@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ TASK_METRICS = {  # task -> short name, and the accuracy that is usually quoted 
     "winogrande": ("WinoGrande", "acc"),
 }
 ABSENT = "–"
+WORST_DRAWN = 2.0  # bits per byte over dense; worse methods are named beside the lines
+OTHERS = "0.5"  # grey
 
 Row = Mapping[str, Any]
 Reading = Callable[[Row], float | None]
@@ -155,32 +157,88 @@ def _removed(row: Row) -> float:
 def _quality_plot(record: Mapping[str, Any], path: Path) -> Path:
     base = value(dense_row(record), "quality", "bits_per_byte")
     figure, axes = _figure("parameters removed, %", "bits per byte over dense (WikiText-2 test)")
-    if base:
-        for label, points in _lines(record, _removed, lambda row: value(row, "quality", "bits_per_byte")).items():
-            pairs = [(0.0, 1.0), *((100 * removed, bits / base) for removed, bits in points)]
-            axes.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=label)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("×{x:g}")
-    return _save(figure, axes, path)
+    lines = _lines(record, _removed, lambda row: value(row, "quality", "bits_per_byte")) if base else {}
+    over = {
+        label: [(0.0, 1.0), *((100 * removed, bits / float(base or 1)) for removed, bits in points)]
+        for label, points in lines.items()
+    }
+    beyond = [label for label, points in over.items() if points[-1][1] > WORST_DRAWN]
+    axes.set_ylim(1 - 0.02, WORST_DRAWN)
+    axes.yaxis.set_major_formatter("×{x:.1f}")
+    _draw(axes, {label: points for label, points in over.items() if label not in beyond})
+    if beyond:
+        names = "\n".join(f"{label} ×{over[label][-1][1]:.1f}" for label in beyond)
+        axes.text(0.02, 0.98, f"beyond the axis:\n{names}", transform=axes.transAxes, va="top", fontsize="small")
+    return _save(figure, path)
 
 
 def _bytes_plot(record: Mapping[str, Any], path: Path, quantisation: Mapping[str, Any] | None) -> Path:
     figure, axes = _figure("weights read per decoded token, MB", "KL to the dense model, nats a token")
-    lines = _lines(
+    axes.set_yscale("log")
+    found = _lines(
         record, lambda row: value(row, "bytes", "bytes_per_token"), lambda row: value(row, "shipped", "kl_nats")
     )
-    for label, points in lines.items():
-        pairs = [(read / 1e6, kl) for read, kl in points if kl > 0]
-        if pairs:
-            axes.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=f"{label}, Q4_0")
+    lines = {
+        f"{label}, Q4_0": [(read / 1e6, kl) for read, kl in points if kl > 0]
+        for label, points in found.items()
+        if sum(kl > 0 for _, kl in points) > 1
+    }
     if quantisation is not None:
+        dense = quantisation["dense_q4_0_bytes_per_token"] / 1e6
         alone = [row for row in quantisation["rows"] if not row["removed"]]
         pruned = [row for row in quantisation["rows"] if row["removed"]]
-        for rows, look, label in ((alone, "k--", "quantisation alone"), (pruned, "k-", "ours, types per tensor")):
-            if rows:
-                axes.plot(*zip(*best_curve(rows), strict=True), look, drawstyle="steps-post", label=label)
-    axes.set_yscale("log")
-    return _save(figure, axes, path)
+        for rows, look, label in ((alone, "k--", "quantisation alone"), (pruned, "k-", "pruned, types per tensor")):
+            if curve := [point for point in best_curve(rows) if point[0] < 1.2 * dense]:
+                axes.plot(*zip(*curve, strict=True), f"{look}o", ms=4, drawstyle="steps-post", label=label)
+        for share in map(float, quantisation["at_most"]):
+            axes.axvline(share * dense, color="0.8", lw=1, zorder=0)
+            axes.text(
+                share * dense, 1.01, f"{share:.0%}", transform=axes.get_xaxis_transform(), ha="center", color="0.4"
+            )
+        axes.legend(fontsize="small")
+    _draw(axes, lines)
+    return _save(figure, path)
+
+
+def _draw(axes: Any, lines: Mapping[str, list[tuple[float, float]]]) -> None:
+    """Lines with their names at the right edge, level with their ends as far as there is room; ours stand out."""
+    colours = {label: f"C{number}" for number, label in enumerate(filter(_is_ours, lines))}
+    for label, points in lines.items():
+        width, layer = (2.0, 3) if _is_ours(label) else (1.0, 2)
+        colour = colours.setdefault(label, OTHERS)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, lw=width, color=colour, zorder=layer)
+    axes.figure.draw_without_rendering()  # settles the limits
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = {label: float(to_axes.transform(points[-1])[1]) for label, points in lines.items()}
+    labels = sorted(heights, key=lambda label: heights[label])
+    for label, height in zip(labels, spread([heights[label] for label in labels], 0.045), strict=True):
+        axes.annotate(
+            label,
+            xy=lines[label][-1],
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize="small",
+            color=colours[label],
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colours[label], "lw": 0.5, "alpha": 0.6},
+        )
+
+
+def _is_ours(label: str) -> bool:
+    return label.startswith("ours")
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights in [0, 1] moved apart to `gap`, no further than they must."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else max(height, 0.0))
+    top = 1.0
+    for index in reversed(range(len(moved))):
+        moved[index] = top = min(moved[index], top)
+        top -= gap
+    return moved
 
 
 def envelope(rows: Iterable[Row]) -> list[Row]:
@@ -200,7 +258,7 @@ def best_curve(rows: Iterable[Row]) -> list[tuple[float, float]]:
 def _figure(across: str, up: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(across)
     axes.set_ylabel(up)
@@ -208,10 +266,8 @@ def _figure(across: str, up: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, axes: Any, path: Path) -> Path:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgeprune.calibration import TextSet
 from edgeprune.checkpoint import Checkpoint
@@ -27,7 +30,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import pruning  # noqa: E402
 import pruning_cells  # noqa: E402
 from conftest import SENTENCES, save_llama  # noqa: E402
-from pruning_page import best_curve, page  # noqa: E402
+from pruning_page import best_curve, page, spread  # noqa: E402
 from rivals import METHODS, flap, magnitude, shortgpt, slicegpt, steps, wanda_sp  # noqa: E402
 from rivals.folders import parameters_of  # noqa: E402
 from rivals.inputs import inputs_of, projections  # noqa: E402
@@ -331,6 +334,16 @@ def test_what_fails_is_said_and_tried_again(dense, data, tmp_path, monkeypatch):
 def test_the_curve_of_quantisation_keeps_what_nothing_smaller_beats():
     rows = [{"bytes_per_token": b, "kl_nats": kl} for b, kl in ((3e6, 0.2), (1e6, 0.5), (2e6, 0.6), (4e6, 0.0))]
     assert best_curve(rows) == [(1.0, 0.5), (3.0, 0.2)]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=15).map(sorted))
+def test_names_beside_a_plot_do_not_overlap(heights: list[float]):
+    moved = spread(heights, 0.05)
+    assert all(0 <= height <= 1 for height in moved)
+    assert all(above - below > 0.05 - 1e-9 for below, above in itertools.pairwise(moved))
+    far_apart = [0.05 * round(height / 0.05) for height in heights]
+    if len(set(far_apart)) == len(heights):
+        assert spread(far_apart, 0.05) == pytest.approx(far_apart)
 
 
 @pytest.mark.parametrize("method", ["energy", "amp-unweighted", "amp-solved", "amp-chosen"])
