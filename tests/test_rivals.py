@@ -287,7 +287,7 @@ def test_the_harness_runs_and_goes_on_where_it_stopped(dense, data, tmp_path, mo
     curve = tmp_path / "quantisation.json"
     points = ((2e6, 0.1, 0.0), (1e6, 0.4, 0.0), (1e6, 0.3, 0.2))
     rows = [{"bytes_per_token": read, "kl_nats": kl, "removed": removed} for read, kl, removed in points]
-    curve.write_text(json.dumps({"rows": rows}))
+    curve.write_text(json.dumps({"dense_q4_0_bytes_per_token": 2_000_000, "at_most": {"0.5": {}}, "rows": rows}))
     pruning.main(["--out", str(out), "--render", "--plots", str(tmp_path / "plots"), "--quantisation", str(curve)])
     assert "| **dense** |" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"quality.png", "bytes.png"}
