@@ -72,7 +72,7 @@ def text_table(record: Mapping[str, Any]) -> str:
             _label(row),
             f"{100 * reached:.1f} %" if reached is not None else _asked(row),
             _number(bits, ".4f"),
-            _number(bits / base if bits and base else None, ".3f"),
+            _number(_over(row, base), ".3f"),
             _perplexity(value(row, "quality", "perplexity")),
             _number(value(row, "quality", "kl_nats"), ".4f"),
             _number(value(row, "quality", "top1"), ".3f"),
@@ -148,6 +148,12 @@ def _lines(record: Mapping[str, Any], x: Reading, y: Reading) -> dict[str, list[
     return lines
 
 
+def _over(row: Row, base: float | None) -> float | None:
+    """Bits per byte over the dense model's."""
+    bits = value(row, "quality", "bits_per_byte")
+    return bits / base if bits and base else None
+
+
 def _removed(row: Row) -> float:
     """The share that is gone, or was to go where that was not measured."""
     reached = value(row, "prune", "reached_ratio")
@@ -157,11 +163,8 @@ def _removed(row: Row) -> float:
 def _quality_plot(record: Mapping[str, Any], path: Path) -> Path:
     base = value(dense_row(record), "quality", "bits_per_byte")
     figure, axes = _figure("parameters removed, %", "bits per byte over dense (WikiText-2 test)")
-    lines = _lines(record, _removed, lambda row: value(row, "quality", "bits_per_byte")) if base else {}
-    over = {
-        label: [(0.0, 1.0), *((100 * removed, bits / float(base or 1)) for removed, bits in points)]
-        for label, points in lines.items()
-    }
+    lines = _lines(record, _removed, lambda row: _over(row, base))
+    over = {label: [(0.0, 1.0), *((100 * removed, bits) for removed, bits in some)] for label, some in lines.items()}
     beyond = [label for label, points in over.items() if points[-1][1] > WORST_DRAWN]
     axes.set_ylim(1 - 0.02, WORST_DRAWN)
     axes.yaxis.set_major_formatter("×{x:.1f}")
@@ -178,11 +181,10 @@ def _bytes_plot(record: Mapping[str, Any], path: Path, quantisation: Mapping[str
     found = _lines(
         record, lambda row: value(row, "bytes", "bytes_per_token"), lambda row: value(row, "shipped", "kl_nats")
     )
-    lines = {
-        f"{label}, Q4_0": [(read / 1e6, kl) for read, kl in points if kl > 0]
-        for label, points in found.items()
-        if sum(kl > 0 for _, kl in points) > 1
-    }
+    lines = {}
+    for label, points in found.items():
+        if len(drawn := [(read / 1e6, kl) for read, kl in points if kl > 0]) > 1:
+            lines[f"{label}, Q4_0"] = drawn
     if quantisation is not None:
         dense = quantisation["dense_q4_0_bytes_per_token"] / 1e6
         alone = [row for row in quantisation["rows"] if not row["removed"]]

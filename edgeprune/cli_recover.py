@@ -89,9 +89,13 @@ def recover(
     if method not in RECIPES:
         raise unknown("method", method, RECIPES)
     usual = RECIPES[method]
-    recipe = replace(usual, freeze_embedding=freeze_embedding, rate=rate or usual.rate, length=length or usual.length)
-    if kl is not None:
-        recipe = replace(recipe, mix=Mix(kl, 1 - kl))
+    recipe = replace(
+        usual,
+        freeze_embedding=freeze_embedding,
+        rate=rate or usual.rate,
+        length=length or usual.length,
+        mix=usual.mix if kl is None else Mix(kl, 1 - kl),
+    )
     if threads:
         torch.set_num_threads(threads)
     given = [pair for path in text or () for pair in read_weighted(path)]

@@ -15,11 +15,12 @@ gradient by the student's logits z, from ∂ log q_i / ∂z_j = [i = j] − q_j,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Nats = TypeVar("Nats", float, Tensor)
 _BLOCK_BYTES = 128 << 20  # of logits held at once
 _ROWS = 32  # rows whose float32 distribution is held at once: stays in the cache
 _LEAST_REST = 1e-7  # of q_r: below, 1 − Σ q is rounding error, and p_r / q_r would be noise
@@ -76,7 +77,7 @@ class Mix:
     kl: float = 0.7
     ce: float = 0.3
 
-    def of(self, kl: float, ce: float) -> float:
+    def of(self, kl: Nats, ce: Nats) -> Nats:
         """The loss that these two make."""
         return self.kl * kl + self.ce * ce
 
@@ -164,7 +165,7 @@ class _Distillation(torch.autograd.Function):
             (ce / n).to(torch.promote_types(hidden.dtype, torch.float32)),
         )
         ctx.mark_non_differentiable(kl, ce)
-        return mix.kl * kl + mix.ce * ce, kl, ce
+        return mix.of(kl, ce), kl, ce
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -59,12 +59,11 @@ def resolve(name: str, *, say: Say | None = None) -> Path:
                 remedy="convert them to safetensors and give the folder",
             )
         raise BadInput("not a model file", where=path, remedy="give a .gguf file or a folder with config.json")
-    if path.suffix == ".gguf" or name.startswith((".", "/", "~")):
+    hub_id = _HUB_ID.fullmatch(name)
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or ("/" in name and not hub_id):
         raise BadInput("no such file or folder", where=path)
-    if _HUB_ID.fullmatch(name):
+    if hub_id:
         return _from_hub(name)
-    if "/" in name:
-        raise BadInput("no such file or folder", where=path)
     raise unknown("model", name, DEMO_MODELS)
 
 

@@ -172,8 +172,8 @@ def _candidates(order: Order, model: Model, writer: torch.nn.Module, label: int 
 
 def _kept(order: Order, model: Model, label: int | None) -> Path:
     """Where the candidates of one class stay until the set is written."""
-    key = json.dumps([model.hash, order.pool.hash, label, asdict(order.quota), order.seed, LENGTH, _BEGUN, _MOST])
-    return order.kept / "texts" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.partial.json"
+    parts = [model.hash, order.pool.hash, label, asdict(order.quota), order.seed, LENGTH, _BEGUN, _SHOWN, _MOST]
+    return order.kept / "texts" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.partial.json"
 
 
 def _beginnings(pool: Pool, rows: int, generator: torch.Generator) -> torch.Tensor:
