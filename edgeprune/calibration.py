@@ -23,9 +23,9 @@ from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.importance import text_hash
 from edgeprune.models import Model
 from edgeprune.precision import fast_copy
-from edgeprune.writing import Progress, continued, in_batches, mean_nll, start_words
+from edgeprune.writing import Progress, continued, in_batches, start_words
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SELF_GENERATED = "self-generated"
 HELD_OUT_SEED = 1 << 20  # of text to judge on: far from any seed that calibration text is written with
 _PREFIX_TOKENS = 2  # random words the model continues: enough to vary the topic
@@ -189,11 +189,11 @@ def self_generated(model: Model, *, count: int, length: int, seed: int, progress
     def write(rows: int) -> list[tuple[float, list[int]]]:
         begun = words[torch.randint(len(words), (rows, _PREFIX_TOKENS), generator=generator)]
         found = []
-        for row in continued(model, writer, begun, length, generator):
+        for row, nll in zip(*continued(model, writer, begun, length, generator), strict=True):
             # Sampled ids are not always what the tokenizer would give for their text; the text decides.
             text = model.tokenizer.decode(row, skip_special_tokens=True)
             again = model.tokenizer(text, add_special_tokens=False)["input_ids"][:length]
-            found.append((mean_nll(model.module, torch.tensor(again)) if len(again) > 1 else float("inf"), again))
+            found.append((float(nll) if len(again) > 1 else float("inf"), again))
         return found
 
     partial = path.with_suffix(".partial.json")

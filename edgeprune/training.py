@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune.attention import GROUPED, set_attention
 from edgeprune.losses import Head, Mix, TopK, distillation, divergence
 
 _WORTH_IT = 1.25  # bf16 products must be this much faster than float32 ones to be worth their rounding
-_EAGER_BELOW = 512  # window length up to which plain attention beats torch's fused kernel on a CPU, forward + backward
+_GROUPED_BELOW = 512  # window length up to which plain products beat torch's fused kernel on a CPU, forward + backward
 _LEAST_SHARE = 0.01  # of the peak rate, so that the first step moves at all
 
 
@@ -51,8 +52,8 @@ class Decoder:
         self.model = model
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        if self.device.type == "cpu" and length <= _EAGER_BELOW:
-            model.set_attn_implementation("eager")
+        if self.device.type == "cpu" and length <= _GROUPED_BELOW:
+            set_attention(model, GROUPED)
 
     @property
     def device(self) -> torch.device:

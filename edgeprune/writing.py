@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from edgeprune.attention import GROUPED, attention, cache_for
 from edgeprune.files import read_json, write_json
 from edgeprune.models import Model
-from edgeprune.precision import fast_products
 
 ROWS = 48  # texts written side by side: one read of the weights serves them all
 Item = TypeVar("Item")
@@ -53,45 +53,45 @@ def start_words(tokenizer: Any) -> torch.Tensor:
     return torch.tensor(ids or [i for i in range(len(tokenizer)) if i not in special])
 
 
-def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sample(logits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """One id a row by the inverse of the cumulative distribution, which is several times as quick as multinomial.
 
     Args:
         logits: (rows, vocabulary), float32; -inf for what cannot be drawn.
 
     Returns:
-        (rows, 1), int64.
+        The ids, (rows, 1), int64, and their negative log-likelihoods, nats, (rows, 1), float64.
     """
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    probs = logits.double().softmax(dim=-1)
+    cumulative = probs.cumsum(dim=-1)
     # In (0, 1]: an id of probability 0 is never the first whose cumulative probability reaches it.
     drawn = 1.0 - torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
-    return torch.searchsorted(cumulative, drawn * cumulative[:, -1:])
+    ids = torch.searchsorted(cumulative, drawn * cumulative[:, -1:])
+    return ids, -probs.gather(-1, ids).log()
 
 
 @torch.inference_mode()
-def continued(model: Model, writer: Any, tokens: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Texts that begin with `tokens`, (rows, begun), sampled at temperature 1: (rows, length).
+def continued(
+    model: Model, writer: Any, tokens: torch.Tensor, length: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts that begin with `tokens`, (rows, begun), sampled at temperature 1.
 
     Args:
         model: whose tokenizer says which tokens are special: they are not drawn, so a text goes on to its length.
         writer: the module that writes, `fast_copy` of the model's.
         length: tokens of a text, the first ones among them.
+
+    Returns:
+        The texts, (rows, length), and the mean negative log-likelihood of each one's drawn tokens, nats, (rows,).
     """
     banned = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
-    cache, step, written = None, tokens, [tokens]
-    for _ in range(length - tokens.shape[1]):
-        result = writer(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = result.past_key_values
-        logits = result.logits[:, -1].float()
-        logits[:, banned] = -torch.inf
-        step = sample(logits, generator)
-        written.append(step)
-    return torch.cat(written, dim=1)
-
-
-@torch.inference_mode()
-def mean_nll(module: Any, ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood, in nats, of the tokens of one text, (length,), after the first."""
-    with fast_products():
-        logits = module(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    return float(torch.nn.functional.cross_entropy(logits.float(), ids[1:]))
+    cache, step, written, nlls = cache_for(writer, length), tokens, [tokens], []
+    with attention(writer, GROUPED):
+        for _ in range(length - tokens.shape[1]):
+            logits = writer(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = logits.float()
+            logits[:, banned] = -torch.inf
+            step, nll = sample(logits, generator)
+            written.append(step)
+            nlls.append(nll)
+    return torch.cat(written, dim=1), torch.cat(nlls, dim=1).mean(dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,7 @@ from edgeprune.calibration import licence_of, read_texts, self_generated, text_s
 from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir
 from edgeprune.models import Model
-from edgeprune.writing import mean_nll
+from edgeprune.writing import continued
 
 
 def test_own_text_is_seeded_cached_and_of_the_length_asked_for(tiny: Model) -> None:
@@ -50,12 +51,17 @@ def test_own_text_goes_on_where_it_was_interrupted(
 
 
 def test_own_text_keeps_the_low_perplexity_part(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeprune.calibration._SURPLUS", 1.0)
-    everything = self_generated(tiny, count=9, length=24, seed=11)
-    monkeypatch.setattr("edgeprune.calibration._SURPLUS", 1.5)
+    drawn: list[tuple[float, str]] = []
+
+    def watched(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        texts, nlls = continued(*args)
+        drawn.extend(zip(nlls.tolist(), tiny.tokenizer.batch_decode(texts), strict=True))
+        return texts, nlls
+
+    monkeypatch.setattr("edgeprune.calibration.continued", watched)
     kept = self_generated(tiny, count=6, length=24, seed=11)
-    nll = sorted(mean_nll(tiny.module, ids) for ids in everything.ids)
-    assert sorted(mean_nll(tiny.module, ids) for ids in kept.ids) == pytest.approx(nll[:6], rel=1e-5)
+    best = [tiny.tokenizer(text, add_special_tokens=False)["input_ids"][:24] for _, text in sorted(drawn)[:6]]
+    assert len(drawn) == 9 and [ids.tolist() for ids in kept.ids] == best
 
 
 def test_own_ids_are_the_tokenizers_own(tiny: Model) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 
+from edgeprune.attention import set_attention
 from edgeprune.distillation.base import Order
 from edgeprune.errors import BadInput
 from edgeprune.families import family_for
@@ -209,7 +210,7 @@ class DecoderLearner:
 
     def __init__(self, model: Any, classes: int, depth: int = 1) -> None:
         # Only the plain attention can be differentiated twice.
-        model.set_attn_implementation("eager")
+        set_attention(model, "eager")
         self._body = model.get_decoder().requires_grad_(False)
         self._table = model.get_input_embeddings()
         self._classes, self._hidden = classes, int(model.config.get_text_config().hidden_size)

@@ -153,12 +153,12 @@ def _candidates(order: Order, model: Model, writer: torch.nn.Module, label: int 
     def write_some(rows: int) -> list[str]:
         if label is None:
             begun = _beginnings(order.pool, rows, generator)
-            written = continued(model, writer, begun, LENGTH, generator)
+            written, _ = continued(model, writer, begun, LENGTH, generator)
             return [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
         prompt = _prompt(order, model, label, generator)
         length = prompt.shape[1] + _MOST
-        written = continued(model, writer, prompt.expand(rows, -1), length, generator)[:, prompt.shape[1] :]
-        said = [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+        written, _ = continued(model, writer, prompt.expand(rows, -1), length, generator)
+        said = [model.tokenizer.decode(row[prompt.shape[1] :], skip_special_tokens=True) for row in written]
         return [line for text in said if (line := text.strip().partition("\n")[0].strip())]
 
     return in_batches(
