@@ -57,6 +57,8 @@ POOL = ("c4/c4.txt", "c4/c4_demo.jsonl", "wikipedia/wikipedia.txt")
 JUDGED = {"wikitext2": "wikitext2/wiki.test.raw", "tinystories": "tinystories/tinystories.txt"}
 WINDOWS = 20  # of 512 tokens of each judged text
 STEPS = 256
+# The protocol's own, whatever `recover` does by default.
+RECIPE = replace(RECIPES["distil"].with_length(256), train_embedding=True)
 TASKS = ("hellaswag", "arc_easy", "piqa")
 HELD_OUT = 60  # documents of C4 that no method sees
 TIMEOUT_S = 6 * 3600.0
@@ -116,7 +118,7 @@ class Bench:
             text=[text for text, _ in given],
             weights=weights_of(given),
             held_out=self.held_out,
-            recipe=replace(RECIPES["distil"], max_steps=self.args.steps),
+            recipe=replace(RECIPE, max_steps=self.args.steps),
             seed=seed,
             resume=False,
         )

@@ -51,8 +51,11 @@ def recover(
     method: Annotated[
         str, typer.Option("--method", help="distil: from the teacher's distributions; lora: as AMP's authors did.")
     ] = "distil",
-    freeze_embedding: Annotated[
-        bool, typer.Option("--freeze-embedding", help="Leave embedding and head as they are: faster.")
+    train_embedding: Annotated[
+        bool,
+        typer.Option(
+            "--train-embedding/--freeze-embedding", help="Train embedding and head too: slower, mostly worse."
+        ),
     ] = False,
     rate: Annotated[
         float | None,
@@ -85,15 +88,17 @@ def recover(
     from edgeprune.models import checkpoint_folder, resolve
     from edgeprune.recipe import RECIPES, Method
     from edgeprune.recovery import recover as run
+    from edgeprune.recovery_inputs import usual_recipe
 
     if method not in RECIPES:
         raise unknown("method", method, RECIPES)
-    usual = RECIPES[method]
+    with Stages() as stages:
+        dense = checkpoint_folder(resolve(teacher), say=lambda line: stages(line, 0, 0))
+    usual = usual_recipe(cast("Method", method), pruned, dense)
     recipe = replace(
-        usual,
-        freeze_embedding=freeze_embedding,
+        usual.with_length(length) if length else usual,
+        train_embedding=train_embedding,
         rate=rate or usual.rate,
-        length=length or usual.length,
         mix=usual.mix if kl is None else Mix(kl, 1 - kl),
     )
     if threads:
@@ -102,7 +107,7 @@ def recover(
     with Stages() as stages:
         result = run(
             pruned,
-            checkpoint_folder(resolve(teacher), say=lambda line: stages(line, 0, 0)),
+            dense,
             out,
             seconds=duration(time, "--time"),
             text=[each for each, _ in given] if text else None,

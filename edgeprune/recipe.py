@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,11 @@ class Recipe:
     Attributes:
         mix: weights of KL to the teacher and of cross-entropy.
         low_rank: LoRA instead of all weights.
-        freeze_embedding: leave embedding and head as they are.
-        length: tokens a window.
+        train_embedding: train embedding and head too. Pruning leaves them alone, and AdamW moves a rare token's row,
+            whose gradient is faint, as far as any other's. SmolLM2-135M, a fifth pruned, 256 steps of 1,024 tokens:
+            held-out KL 0.396 with them and 0.389 without, bits per byte of WikiText-2 validation 1.237 and 1.230.
+        length: tokens a window; 512, or as many as a model reads. The same 256 steps in windows of 256 and 512: bits
+            per byte 1.230 and 1.225, and 7 % less speed.
         batch: windows a step, over all devices; rounded up so that each device has as many.
         micro_tokens: tokens of one pass through the model on one device; a step has as many passes as it needs.
         rate: peak learning rate; None chooses it by the steps there will be and the damage (`peak_rate`).
@@ -36,9 +39,9 @@ class Recipe:
 
     mix: Mix = field(default_factory=Mix)
     low_rank: LowRank | None = None
-    freeze_embedding: bool = False
-    length: int = 256
-    batch: int = 4
+    train_embedding: bool = False
+    length: int = 512
+    batch: int = 2
     micro_tokens: int = 1024
     rate: float | None = None
     warmup: float = 0.05
@@ -46,18 +49,22 @@ class Recipe:
     decay: float = 0.0
     clip: float = 1.0
     top_k: int = 64
-    held_out: int = 32
+    held_out: int = 16
     checkpoint_s: float = 300.0
     max_steps: int | None = None
+
+    def with_length(self, length: int) -> Recipe:
+        """The same in windows of `length` tokens, with as many tokens a step and held out."""
+        times = self.length / length
+        batch, held_out = (max(1, round(times * count)) for count in (self.batch, self.held_out))
+        return replace(self, length=length, batch=batch, held_out=held_out)
 
 
 # AMP's own (arXiv 2504.21174): LoRA with r = 8, alpha 16, dropout .05 on every projection, rate 3e-4, 512 tokens,
 # 16 texts a step, cross-entropy alone.
 RECIPES: dict[str, Recipe] = {
     "distil": Recipe(),
-    "lora": Recipe(
-        mix=Mix(kl=0.0, ce=1.0), low_rank=LowRank(), length=512, batch=16, rate=3e-4, betas=(0.9, 0.999), held_out=16
-    ),
+    "lora": Recipe(mix=Mix(kl=0.0, ce=1.0), low_rank=LowRank(), batch=16, rate=3e-4, betas=(0.9, 0.999)),
 }
 
 

@@ -26,7 +26,7 @@ from edgeprune.files import atomic_folder, cache_dir, write_json
 from edgeprune.losses import TopK
 from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
-from edgeprune.recovery_inputs import check_length, own_text, same_vocabulary, shared_tokenizer
+from edgeprune.recovery_inputs import check_length, own_text, same_vocabulary, shared_tokenizer, usual_recipe
 from edgeprune.recovery_state import Held, State, restore, save
 from edgeprune.runtimes.pytorch import load_model
 from edgeprune.teacher import TeacherCache
@@ -90,7 +90,7 @@ def recover(
     student, teacher, out = Path(student), Path(teacher), Path(out)
     if out.exists() and not out.is_dir():
         raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
-    recipe = recipe or RECIPES[method]
+    recipe = recipe or usual_recipe(method, student, teacher)
     clock = Clock()
     say = progress or (lambda _stage, _done, _total: None)
     accelerator = _accelerator()
@@ -167,7 +167,7 @@ class _Run:
             device=device,
             length=recipe.length,
             low_rank=recipe.low_rank,
-            freeze_embedding=recipe.freeze_embedding,
+            train_embedding=recipe.train_embedding,
         )
         self.learner = Learner(self.trainee.decoder, recipe.mix)
         self.wrapped = accelerator.prepare(self.learner)

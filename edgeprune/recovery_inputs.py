@@ -12,6 +12,7 @@ from edgeprune.calibration import self_generated
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.models import load
+from edgeprune.recipe import RECIPES, Method, Recipe
 from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, tokenizer_hash
 from edgeprune.vocabulary_surgery import prune_vocabulary
@@ -68,6 +69,14 @@ def shared_tokenizer(student: Path, teacher: Path, text: Sequence[str] | None) -
             remedy="prune the dense model's vocabulary as the student's was and give that folder as the teacher",
         )
     return own
+
+
+def usual_recipe(method: Method, student: Path, teacher: Path) -> Recipe:
+    """The method's, in windows no longer than both models read."""
+    usual = RECIPES[method]
+    read = [Checkpoint(folder).config.get("max_position_embeddings") for folder in (student, teacher)]
+    length = min([usual.length, *(most for most in read if isinstance(most, int))])
+    return usual if length == usual.length else usual.with_length(length)
 
 
 def check_length(student: Path, teacher: Path, length: int) -> None:

@@ -37,7 +37,7 @@ class Trainee:
         device: where it is trained.
         length: tokens in a window.
         low_rank: train low-rank updates of the projections; None trains the weights themselves.
-        freeze_embedding: leave the embedding, and the head that is tied to it, as they are.
+        train_embedding: train embedding and head, not the layers alone.
 
     Raises:
         BadInput: a broken checkpoint, or `peft` is not installed.
@@ -51,7 +51,7 @@ class Trainee:
         device: torch.device,
         length: int,
         low_rank: LowRank | None,
-        freeze_embedding: bool,
+        train_embedding: bool,
     ) -> None:
         model = load_model(folder).to(device)
         self._folder = folder
@@ -61,7 +61,7 @@ class Trainee:
         self._low_rank = low_rank
         if low_rank is not None:
             _add_adapters(model, low_rank)
-        elif freeze_embedding:
+        elif not train_embedding:
             model.get_input_embeddings().requires_grad_(False)
             # An untied head as well: both cost the optimizer most and are what pruning leaves alone.
             model.get_output_embeddings().requires_grad_(False)

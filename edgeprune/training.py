@@ -16,7 +16,7 @@ from edgeprune.attention import GROUPED, set_attention
 from edgeprune.losses import Head, Mix, TopK, distillation, divergence
 
 _WORTH_IT = 1.25  # bf16 products must be this much faster than float32 ones to be worth their rounding
-_GROUPED_BELOW = 512  # window length up to which plain products beat torch's fused kernel on a CPU, forward + backward
+_GROUPED_BELOW = 1024  # tokens a window up to which plain products beat torch's fused kernel, with gradients
 _LEAST_SHARE = 0.01  # of the peak rate, so that the first step moves at all
 
 

@@ -30,6 +30,7 @@ from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.plan import LayerPlan, PrunePlan, uniform_plan
 from edgeprune.recipe import RECIPES, Recipe, peak_rate
 from edgeprune.recovery import recover
+from edgeprune.recovery_inputs import usual_recipe
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 from edgeprune.surgery import prune_checkpoint
 from edgeprune.teacher import TeacherCache
@@ -40,7 +41,7 @@ from edgeprune.weights import write_like
 
 TEXT = ["".join(SENTENCES[(7 * i + j * j) % len(SENTENCES)] + " " for j in range(9)) for i in range(20)]
 # A random teacher knows nothing of the text, so the text's own tokens would lead away from it.
-QUICK = replace(RECIPES["distil"], mix=Mix(1.0, 0.0), length=32, rate=3e-3, top_k=16, held_out=8, max_steps=24)
+QUICK = replace(RECIPES["distil"], mix=Mix(1.0, 0.0), length=32, batch=4, rate=3e-3, top_k=16, held_out=8, max_steps=24)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_distillation_brings_the_student_nearer(student: Path, tiny_folder: Path
     assert result.steps == 24 and result.tokens == 24 * 4 * 32 and result.skipped == 0
     old, new = tensors(student), tensors(tmp_path / "out")
     assert {n: (t.dtype, t.shape) for n, t in old.items()} == {n: (t.dtype, t.shape) for n, t in new.items()}
-    assert all(not torch.equal(old[name], new[name]) for name in old)
+    assert all(torch.equal(old[name], new[name]) == (name == "model.embed_tokens.weight") for name in old)
     assert (tmp_path / "out" / "config.json").read_bytes() == (student / "config.json").read_bytes()
     assert load_tokenizer(tmp_path / "out").get_vocab() == load_tokenizer(student).get_vocab()
     target = stock_logits(tiny_folder)
@@ -191,11 +192,14 @@ def test_low_rank_updates_are_merged(student: Path, tiny_folder: Path, tmp_path:
     assert not torch.allclose(stock_logits(tmp_path / "out"), stock_logits(student))
 
 
-def test_a_frozen_embedding_stays(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    run(student, tiny_folder, tmp_path / "out", replace(QUICK, freeze_embedding=True, max_steps=2))
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_embedding_is_trained_only_where_asked(
+    student: Path, tiny_folder: Path, tmp_path: Path, trained: bool
+) -> None:
+    run(student, tiny_folder, tmp_path / "out", replace(QUICK, train_embedding=trained, max_steps=2))
     old, new = tensors(student), tensors(tmp_path / "out")
     same = {name for name in old if torch.equal(old[name], new[name])}
-    assert same == {"model.embed_tokens.weight"}
+    assert same == (set() if trained else {"model.embed_tokens.weight"})
 
 
 def test_number_formats_stay(make_llama: MakeLlama, tmp_path: Path) -> None:
@@ -250,6 +254,15 @@ def test_wrong_use_is_one_line(
     with pytest.raises(BadInput, match=message):
         run(student, tiny_folder, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_windows_are_no_longer_than_the_models_read(tiny_folder: Path, make_llama: MakeLlama) -> None:
+    usual = RECIPES["distil"]
+    assert usual_recipe("distil", tiny_folder, make_llama(max_position_embeddings=4096)) == usual.with_length(256)
+    long = make_llama(max_position_embeddings=4096)
+    assert usual_recipe("distil", long, long) == usual
+    short = usual.with_length(256)
+    assert (short.length, short.batch, short.held_out) == (256, 2 * usual.batch, 2 * usual.held_out)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(student: Path, make_llama: MakeLlama, tmp_path: Path) -> None:
