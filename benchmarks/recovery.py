@@ -4,9 +4,9 @@
 
 The plain loop is what one writes first: stock transformers under bf16 autocast, the teacher run alongside, all logits
 in float32, AdamW on every weight. Ours is measured as it meets a text for the first time (the teacher's records are
-computed) and as it meets it again (they are read), of all layers, with the embedding too, and at 512 tokens a
-window. Every variant takes a step of 1,024 tokens in turn, so that a machine that slows down slows all of them; both
-wall-clock and processor seconds are recorded, since only the second mean something on a machine that is shared.
+computed) and as it meets it again (they are read), with the embedding too, and as low-rank updates. Every variant
+takes a step of 1,024 tokens in turn, so that a machine that slows down slows all of them; both wall-clock and processor
+seconds are recorded, since only the second mean something on a machine that is shared.
 """
 
 from __future__ import annotations
@@ -110,25 +110,17 @@ def variants(student: Path, teacher: Path, texts: list[str], steps: int) -> Iter
     """Name -> what prepares the variant."""
     tokenizer = load_tokenizer(student)
 
-    def windows(length: int) -> Windows:
-        return Windows(pack(texts, tokenizer, length).ids[: steps * TOKENS // length].clone())
-
-    short, long = windows(256), windows(512)
     distil = RECIPES["distil"]
     everything = replace(distil, train_embedding=True)
+    windows = Windows(pack(texts, tokenizer, distil.length).ids[: steps * TOKENS // distil.length].clone())
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as name:
-        folder = Path(name)
+        first, again = Path(name) / "first", Path(name) / "again"
         yield {
-            "plain loop, 256 tokens": lambda: plain(student, teacher, short),
-            "recover, first time, 256": lambda: ours(student, teacher, short, distil, folder / "first", warm=False),
-            "recover, again, 256": lambda: ours(student, teacher, short, distil, folder / "again", warm=True),
-            "recover --train-embedding, again, 256": lambda: ours(
-                student, teacher, short, everything, folder / "again", warm=True
-            ),
-            "recover, again, 512": lambda: ours(student, teacher, long, distil, folder / "long", warm=True),
-            "recover --method lora, 512": lambda: ours(
-                student, teacher, long, RECIPES["lora"], folder / "long", warm=False
-            ),
+            "plain loop": lambda: plain(student, teacher, windows),
+            "recover, first time": lambda: ours(student, teacher, windows, distil, first, warm=False),
+            "recover, again": lambda: ours(student, teacher, windows, distil, again, warm=True),
+            "recover --train-embedding, again": lambda: ours(student, teacher, windows, everything, again, warm=True),
+            "recover --method lora": lambda: ours(student, teacher, windows, RECIPES["lora"], again, warm=False),
         }
 
 
