@@ -29,6 +29,7 @@ SCHEMA_VERSION = 3
 SELF_GENERATED = "self-generated"
 HELD_OUT_SEED = 1 << 20  # of text to judge on: far from any seed that calibration text is written with
 _PREFIX_TOKENS = 2  # random words the model continues: enough to vary the topic
+_MOST_SPARE = 4  # times the texts wanted: a model that then still writes too little is left to the reader's error
 _SURPLUS = 1.5  # texts written for each text kept; those of highest perplexity go
 
 
@@ -210,7 +211,15 @@ def held_out_text(
 ) -> TextSet:
     """Text to judge on that the model writes itself, enough for `windows` of `length` tokens when joined to one text.
 
-    Its seed is one that calibration text never has. Two texts are to spare: joined and tokenized again, they may come
-    out a little shorter.
+    Its seed is one that calibration text never has. Joined and tokenized again, texts may come out shorter: two are to
+    spare, and more are written where that is not enough.
     """
-    return self_generated(model, count=windows + 2, length=length, seed=seed + HELD_OUT_SEED, progress=progress)
+    spare = 2
+    while True:
+        found = self_generated(
+            model, count=windows + spare, length=length, seed=seed + HELD_OUT_SEED, progress=progress
+        )
+        ids = model.tokenizer("\n\n".join(found.texts), add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= windows * length or spare > _MOST_SPARE * windows:
+            return found
+        spare += windows

@@ -26,7 +26,14 @@ from edgeprune.files import atomic_folder, cache_dir, write_json
 from edgeprune.losses import TopK
 from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
-from edgeprune.recovery_inputs import check_length, own_text, same_vocabulary, shared_tokenizer, usual_recipe
+from edgeprune.recovery_inputs import (
+    check_length,
+    longest_window,
+    own_text,
+    same_vocabulary,
+    shared_tokenizer,
+    usual_recipe,
+)
 from edgeprune.recovery_state import Held, State, restore, save
 from edgeprune.runtimes.pytorch import load_model
 from edgeprune.teacher import TeacherCache
@@ -90,7 +97,7 @@ def recover(
     student, teacher, out = Path(student), Path(teacher), Path(out)
     if out.exists() and not out.is_dir():
         raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
-    recipe = recipe or usual_recipe(method, student, teacher)
+    given, recipe = recipe, recipe or usual_recipe(method, student, teacher)
     clock = Clock()
     say = progress or (lambda _stage, _done, _total: None)
     accelerator = _accelerator()
@@ -102,6 +109,9 @@ def recover(
     tokenizer = shared_tokenizer(student, teacher, text)
     check_length(student, teacher, recipe.length)
     say("packing the text", 0, 0)
+    if given is None and (most := longest_window(text, tokenizer, recipe.length)) < recipe.length:
+        recipe = recipe.with_length(most)
+        say(f"windows of {most} tokens: the text is short", 0, 0)
     windows = pack(text, tokenizer, recipe.length, weights)
     training, held = hold_out(len(windows), recipe.held_out)
     if held_out is not None:

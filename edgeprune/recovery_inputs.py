@@ -79,6 +79,18 @@ def usual_recipe(method: Method, student: Path, teacher: Path) -> Recipe:
     return usual if length == usual.length else usual.with_length(length)
 
 
+def longest_window(text: Sequence[str], tokenizer: Any, length: int) -> int:
+    """`length`, halved until the text holds four windows, but not below an eighth."""
+    tokens, least = 0, length // 8
+    for each in text:
+        tokens += len(tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokens > 4 * length:
+            return length
+    while length > least and tokens <= 4 * length:
+        length //= 2
+    return max(1, length)
+
+
 def check_length(student: Path, teacher: Path, length: int) -> None:
     """Raise `BadInput` if either model reads fewer tokens than a window has."""
     for folder in (student, teacher):

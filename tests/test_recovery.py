@@ -30,7 +30,7 @@ from edgeprune.packing import Windows, hold_out, order, pack
 from edgeprune.plan import LayerPlan, PrunePlan, uniform_plan
 from edgeprune.recipe import RECIPES, Recipe, peak_rate
 from edgeprune.recovery import recover
-from edgeprune.recovery_inputs import usual_recipe
+from edgeprune.recovery_inputs import longest_window, usual_recipe
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 from edgeprune.surgery import prune_checkpoint
 from edgeprune.teacher import TeacherCache
@@ -262,6 +262,13 @@ def test_windows_are_no_longer_than_the_models_read(tiny_folder: Path, make_llam
     long = make_llama(max_position_embeddings=4096)
     assert usual_recipe("distil", long, long) == usual
     short = usual.with_length(256)
+    read = load_tokenizer(tiny_folder)
+    text = [" a" * 100] * 3
+    count = sum(len(read(each)["input_ids"]) for each in text)
+    for length in (64, 256, 4096):
+        assert longest_window(text, read, length) == max(
+            length // 8, min(length, next(n for n in (4096, 2048, 1024, 512, 256, 128, 64, 32) if 4 * n < count))
+        )
     assert (short.length, short.batch, short.held_out) == (256, 2 * usual.batch, 2 * usual.held_out)
 
 
