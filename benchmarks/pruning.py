@@ -327,7 +327,7 @@ def measure(args: argparse.Namespace) -> tuple[Record, int]:
         "model_sha256": model.hash,
         "parameters": Checkpoint(model.folder).shape.parameters,
         "calibration": {"source": calibration.source, "tokens": calibration.tokens, "sha256": calibration.hash},
-        "text": "WikiText-2 test, raw, windows of 512 tokens, no BOS",
+        "text": "WikiText-2 test, raw, windows of 512 tokens, after BOS where the tokenizer puts it",
         "settings": asdict(settings),
         "environment": environment(),
     }

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,12 @@ def calibration_texts(model: Model, data: Path, settings: Settings) -> TextSet:
             raise BadInput(f"fewer than {count} pieces of {settings.length} tokens", where=data / name)
         pieces.append(found)
     texts, ids = (tuple(x for piece in pieces for x in getattr(piece, field)) for field in ("texts", "ids"))
-    return TextSet(texts, ids, " + ".join(piece.source for piece in pieces))
+    return TextSet(texts, ids, " + ".join(piece.source for piece in pieces), pieces[0].bos)
 
 
 def save_texts(texts: TextSet, path: Path) -> Path:
     """Write a text set for the processes that prune."""
-    write_json(path, {"source": texts.source, "texts": texts.texts, "ids": [ids.tolist() for ids in texts.ids]})
+    write_json(path, asdict(texts) | {"ids": [ids.tolist() for ids in texts.ids]})
     return path
 
 
@@ -94,7 +94,8 @@ def load_texts(path: Path) -> TextSet:
     import torch
 
     record = read_json(path)
-    return TextSet(tuple(record["texts"]), tuple(torch.tensor(ids) for ids in record["ids"]), record["source"])
+    ids = tuple(torch.tensor(ids) for ids in record["ids"])
+    return TextSet(tuple(record["texts"]), ids, record["source"], record["bos"])
 
 
 def _isolated(function: str, arguments: dict[str, Any]) -> tuple[Any, float | None]:

@@ -158,7 +158,7 @@ class Bench:
         """The Fisher diagonal, computed once; by GGUF name and in the order of a GGUF file's rows."""
         path = self.work / f"fisher-{self.model.hash[:12]}-{self.calibration.hash[:12]}-{texts}.safetensors"
         if not path.exists():
-            save_file(fisher_diagonal(self.model, self.calibration.ids[:texts]), path)
+            save_file(fisher_diagonal(self.model, self.calibration.begun[:texts]), path)
         found = {name: values.numpy() for name, values in load_file(path).items()}
         for name, values in found.items():
             if heads := paired_heads(name, self.model.shape):

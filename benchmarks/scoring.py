@@ -29,7 +29,7 @@ def _prompts(model: Any, calibration: str | None) -> list[Any]:
 
     texts = text_set(model, calibration, count=PROMPTS, length=256)
     # Self-written texts all have 256 tokens; instructions do not, and a batched pass must cope with that.
-    return [ids[: 40 + (37 * i) % 217] for i, ids in enumerate(texts.ids)]
+    return [ids[: 40 + (37 * i) % 217] for i, ids in enumerate(texts.begun)]
 
 
 def one_pass(model: Any, prompts: list[Any]) -> tuple[Any, Any]:

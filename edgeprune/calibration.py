@@ -23,9 +23,10 @@ from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.importance import text_hash
 from edgeprune.models import Model
 from edgeprune.precision import fast_copy
+from edgeprune.runtimes.pytorch import bos_of
 from edgeprune.writing import Progress, continued, in_batches, start_words
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SELF_GENERATED = "self-generated"
 HELD_OUT_SEED = 1 << 20  # of text to judge on: far from any seed that calibration text is written with
 _PREFIX_TOKENS = 2  # random words the model continues: enough to vary the topic
@@ -35,21 +36,27 @@ _SURPLUS = 1.5  # texts written for each text kept; those of highest perplexity 
 
 @dataclass(frozen=True)
 class TextSet:
-    """Texts and their token ids, without BOS."""
+    """Texts and their token ids."""
 
     texts: tuple[str, ...]
-    ids: tuple[torch.Tensor, ...]  # (length,) each, int64
+    ids: tuple[torch.Tensor, ...]  # (length,) each, int64, without BOS
     source: str
+    bos: int | None = None  # what the tokenizer puts before every text
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """Number of tokens, without BOS."""
         return sum(len(ids) for ids in self.ids)
+
+    @property
+    def begun(self) -> tuple[torch.Tensor, ...]:
+        """Token ids as the model is to read them: with BOS where it was never without."""
+        return self.ids if self.bos is None else tuple(torch.cat([ids.new_tensor([self.bos]), ids]) for ids in self.ids)
 
     @property
     def hash(self) -> str:
         """SHA-256 over the token ids."""
-        return text_hash(self.ids)
+        return text_hash(self.begun)
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -143,13 +150,18 @@ def take(model: Model, texts: Iterator[str], source: str, *, count: int, length:
     ids = ids[:count]
     if not ids:
         raise BadInput("the text has too few tokens", where=source)
-    return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), tuple(ids), source)
+    return _text_set(model, ids, source)
+
+
+def _text_set(model: Model, ids: Sequence[torch.Tensor], source: str) -> TextSet:
+    texts = tuple(model.tokenizer.decode(piece) for piece in ids)
+    return TextSet(texts, tuple(ids), source, bos_of(model.tokenizer))
 
 
 def retokenized(texts: TextSet, tokenizer: Any) -> TextSet:
     """The same texts in another tokenizer's tokens."""
     ids = tuple(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts.texts)
-    return TextSet(texts.texts, ids, texts.source)
+    return TextSet(texts.texts, ids, texts.source, bos_of(tokenizer))
 
 
 def text_set(
@@ -181,8 +193,7 @@ def self_generated(model: Model, *, count: int, length: int, seed: int, progress
     path = cache_dir() / "texts" / f"{key}.json"
     source = f"{SELF_GENERATED} (seed {seed})"
     if path.exists():
-        ids = tuple(torch.tensor(piece) for piece in read_json(path)["ids"])
-        return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), ids, source)
+        return _text_set(model, [torch.tensor(piece) for piece in read_json(path)["ids"]], source)
     generator = torch.Generator().manual_seed(seed)
     writer = fast_copy(model.module)
     words = start_words(model.tokenizer)
@@ -203,7 +214,7 @@ def self_generated(model: Model, *, count: int, length: int, seed: int, progress
     ids = tuple(torch.tensor(piece) for _, piece in written[:count])
     write_json(path, {"schema_version": SCHEMA_VERSION, "source": source, "ids": [piece.tolist() for piece in ids]})
     partial.unlink(missing_ok=True)
-    return TextSet(tuple(model.tokenizer.decode(piece) for piece in ids), ids, source)
+    return _text_set(model, ids, source)
 
 
 def held_out_text(

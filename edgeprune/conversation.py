@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from edgeprune.chat import Message, Render
 from edgeprune.errors import BadInput
-from edgeprune.runtimes.base import Runtime
+from edgeprune.runtimes.base import Runtime, begun
 
 ROOM = 64  # tokens that an answer has room for, or a quarter of a small context; older turns go for them
 _UNFINISHED = "\ufffd"  # what a character decodes to whose bytes have not all come
@@ -84,7 +84,7 @@ class Conversation:
                 text = "\n".join(message["content"] for message in self.messages)
             else:
                 text = self.render(self.messages, True)
-            prompt = self.runtime.encode(text, parse_special=True)
+            prompt = begun(self.runtime, self.runtime.encode(text, parse_special=True))
             if len(prompt) + min(ROOM, self.runtime.n_ctx // 4) <= self.runtime.n_ctx:
                 return prompt
             first = 1 if self.messages[0]["role"] == "system" else 0

@@ -56,7 +56,7 @@ def measure_across(
     for i, window in enumerate(parts):
         of_window = Accumulator()
         for part in window:
-            logits = predictions(runtime, part)
+            logits = predictions(runtime, part, runtime.bos)
             with finite_logits(runtime.name):
                 of_window.add(compare(logits, part[1:]), next(lengths))
         totals.tokens.append(of_window.n_tokens)

@@ -21,7 +21,7 @@ Window = NDArray[np.int64]
 
 
 def windows(text_ids: Sequence[int] | Window, length: int = 512, count: int | None = None) -> list[Window]:
-    """Consecutive windows of `length` tokens without overlap or BOS; a shorter rest is left out.
+    """Consecutive windows of `length` tokens of the text without overlap; a shorter rest is left out.
 
     Raises:
         BadInput: there are fewer than `count` windows, or than the two that an interval needs.

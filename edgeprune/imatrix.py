@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def cached_importance_matrix(model: Model, texts: TextSet, *, progress: Progress
     path = cache_dir() / "imatrix" / f"{key}.gguf"
     if path.exists():
         return read_imatrix(path)
-    matrix = importance_matrix(model, texts.ids, source=texts.source, progress=progress)
+    matrix = importance_matrix(model, texts.begun, source=texts.source, progress=progress)
     return read_imatrix(write_imatrix(matrix, path))  # as a later run will see it
 
 
@@ -131,7 +132,7 @@ def provide_imatrix(
         model = load(folder)
         if texts is None:
             texts = text_set(model, calibration, count=TEXTS, length=LENGTH, seed=seed)
-        few = TextSet(texts.texts[:TEXTS], texts.ids[:TEXTS], texts.source)
+        few = replace(texts, texts=texts.texts[:TEXTS], ids=texts.ids[:TEXTS])
         if (folder / VOCABULARY_PLAN).is_file():  # the ids may be those of a larger vocabulary
             few = retokenized(few, model.tokenizer)
         write_imatrix(cached_importance_matrix(model, few, progress=progress), out)

@@ -63,17 +63,22 @@ class PrunedLayer:
     error: float
 
 
-def packed(texts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+def packed(texts: Sequence[torch.Tensor], length: int, bos: int | None = None) -> torch.Tensor:
     """Texts, (length,) each, one after the other, cut into windows of `length`: (windows, length). The rest is dropped.
+
+    Args:
+        bos: a token that every window begins with, for a model that was never without; None: none.
 
     Raises:
         BadInput: not one window.
     """
     joined = torch.cat(list(texts)) if texts else torch.empty(0, dtype=torch.int64)
-    count = len(joined) // length
+    room = length - (bos is not None)
+    count = len(joined) // room if room else 0
     if not count:
         raise BadInput(f"{len(joined)} calibration tokens do not fill a window of {length}", remedy="give more text")
-    return joined[: count * length].view(count, length)
+    windows = joined[: count * room].view(count, room)
+    return windows if bos is None else torch.cat([windows.new_full((count, 1), bos), windows], dim=1)
 
 
 def chunks(windows: int, length: int) -> Iterator[slice]:

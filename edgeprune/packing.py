@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.errors import BadInput
+from edgeprune.runtimes.pytorch import bos_of
 
 _BETWEEN = "\n\n"  # what separates texts that share a window
 _MOST_TOKENS = 50_000_000  # read from the texts; more would take longer to tokenise than most trainings last
@@ -89,12 +90,6 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, weights: Sequence[fl
         return Windows(windows.contiguous())
     each = torch.tensor(counts[: len(windows) * length]).view(-1, length).mean(dim=1)
     return Windows(windows.contiguous(), each / each.mean())
-
-
-def bos_of(tokenizer: Any) -> int | None:
-    """The id of BOS if the tokenizer begins a text with it, else None."""
-    first = tokenizer("a")["input_ids"][:1]
-    return int(first[0]) if first and first[0] == tokenizer.bos_token_id else None
 
 
 def hold_out(n: int, count: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -74,14 +74,15 @@ def cached_scores(model: Model, texts: TextSet, kind: str = AMP, *, progress: Pr
         layered = LayeredModel(Checkpoint(model.folder), dtype=fast_dtype())
         scores = energy_scores(layered, windows_of(texts), model_hash=model.hash, progress=stage)
     else:
-        scores = amp_scores(model, texts.ids, progress=stage)
+        scores = amp_scores(model, texts.begun, progress=stage)
     scores.save(folder)
     return scores
 
 
 def windows_of(texts: TextSet) -> torch.Tensor:
     """Calibration text as windows, (windows, length): of `WINDOW` tokens, shorter where the text is short."""
-    return packed(texts.ids, max(1, min(WINDOW, texts.tokens // _LEAST_WINDOWS)))
+    least = 1 if texts.bos is None else 2
+    return packed(texts.ids, max(least, min(WINDOW, texts.tokens // _LEAST_WINDOWS)), texts.bos)
 
 
 def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Progress | None = None) -> DamageTable:
@@ -130,7 +131,7 @@ def vocabulary_damage(
         BadInput: no corpus, or a tokenizer whose vocabulary cannot be pruned.
     """
     tokenizer = load_tokenizer(source)
-    judged = [tokenizer.decode(window) for window in windows_of(texts)[:JUDGED_TEXTS]]
+    judged = [tokenizer.decode(window) for window in windows_of(replace(texts, bos=None))[:JUDGED_TEXTS]]
     return measure_vocabulary(source, model_hash, corpus, judged, progress=progress)
 
 

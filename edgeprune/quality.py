@@ -167,7 +167,7 @@ def measure(runtime: Runtime, reference: Reference, *, progress: Progress | None
         raise BadInput(f"the file's tokens differ from the reference's from token {at} of the text on", remedy=remedy)
     totals = Accumulator()
     for i, window in enumerate(reference.windows):
-        logits = predictions(runtime, window)
+        logits = predictions(runtime, window, reference.bos)
         with finite_logits(runtime.name):
             totals.add(compare(logits, window[1:], reference.coded(i)), reference.n_bytes[i])
         report(progress, "quality", i + 1, len(reference.windows))
@@ -199,7 +199,7 @@ def measure_text(runtime: Runtime, text: str, *, length: int = 512, progress: Pr
     chunks = np.array_split(np.asarray(ids, dtype=np.int64), count)
     totals = Accumulator()
     for i, (window, n_bytes) in enumerate(zip(chunks, predicted_bytes(runtime.decode, chunks), strict=True)):
-        logits = predictions(runtime, window)
+        logits = predictions(runtime, window, runtime.bos)
         with finite_logits(runtime.name):
             totals.add(compare(logits, window[1:]), n_bytes)
         report(progress, "quality", i + 1, count)

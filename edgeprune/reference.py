@@ -26,7 +26,7 @@ from edgeprune.runtimes import open_runtime, runtime_for
 from edgeprune.runtimes.base import Logits, Runtime
 from edgeprune.runtimes.isolate import Execute, run_isolated
 
-SCHEMA = 1
+SCHEMA = 2  # 1 read no BOS
 ROW = np.dtype([("peak", "<f4"), ("step", "<f4"), ("top", "<i4")])  # what decodes a token's levels
 
 Progress = Callable[[dict[str, Any]], None]  # called with {"stage", "done", "total"}
@@ -61,6 +61,7 @@ class Reference:
     windows: list[Window]
     n_bytes: list[int]
     n_vocab: int
+    bos: int | None  # read before every window, and not predicted
     nll: tuple[float, ...]  # the dense model's own, mean per token of each window
     levels: NDArray[np.uint16]  # (windows, length - 1, vocabulary), memory-mapped
     rows: NDArray[np.void]  # (windows, length - 1) of ROW
@@ -113,7 +114,7 @@ def build_reference(
         levels = np.lib.format.open_memmap(temporary / "levels.npy", mode="w+", dtype=np.dtype("<u2"), shape=shape)
         rows = np.empty(shape[:2], dtype=ROW)
         for i, window in enumerate(part.windows):
-            logits = predictions(runtime, window)
+            logits = predictions(runtime, window, runtime.bos)
             with finite_logits(runtime.name):
                 coded = encode(logits, levels[i])
                 totals.add(compare(logits, window[1:]), part.n_bytes[i])
@@ -133,6 +134,7 @@ def build_reference(
                 "n_windows": count,
                 "length": length,
                 "n_vocab": runtime.n_vocab,
+                "bos": runtime.bos,
                 "n_bytes": part.n_bytes,
                 "nll": [total / n for total, n in zip(totals.nll, totals.tokens, strict=True)],
                 "measured_on": asdict(MeasuredOn(runtime.name, machine())),
@@ -161,6 +163,7 @@ def load_reference(folder: Path) -> Reference:
             and record["text"] == digest(text)
             and isinstance(record["key"], str)
             and isinstance(record["n_characters"], int)
+            and (record["bos"] is None or (isinstance(record["bos"], int) and 0 <= record["bos"] < record["n_vocab"]))
             and levels.dtype == np.uint16
             and levels.shape == shape
             and rows.dtype == ROW
@@ -180,6 +183,7 @@ def load_reference(folder: Path) -> Reference:
         windows=tokens,
         n_bytes=record["n_bytes"],
         n_vocab=shape[2],
+        bos=record["bos"],
         nll=tuple(record["nll"]),
         levels=levels,
         rows=rows,
@@ -260,10 +264,16 @@ def isolated(
     return outcome.value
 
 
-def predictions(runtime: Runtime, window: Window) -> Logits:
-    """Logits that predict all but the first token of a window, from an empty cache: (len(window) - 1, n_vocab)."""
+def predictions(runtime: Runtime, window: Window, bos: int | None) -> Logits:
+    """Logits that predict all but the first token of a window, from an empty cache: (len(window) - 1, n_vocab).
+
+    A model that was trained with BOS before every text reads it before every window: without, Gemma 3 270M's perplexity
+    on WikiText-2 is 57 instead of 22. The same tokens are predicted either way, in as large a cache.
+    """
     runtime.rewind(0)
-    return runtime.forward(window[:-1])
+    if bos is None:
+        return runtime.forward(window[:-1])
+    return runtime.forward(np.concatenate([[bos], window[:-1]]))[1:]
 
 
 @contextmanager

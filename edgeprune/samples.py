@@ -14,7 +14,7 @@ from edgeprune.chat import Render, renderer
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.runtimes import open_runtime
-from edgeprune.runtimes.base import generate
+from edgeprune.runtimes.base import begun, generate
 from edgeprune.runtimes.isolate import run_isolated
 
 QUESTIONS = (
@@ -39,7 +39,7 @@ def answers(
     found = []
     with closing(open_runtime(Path(path), n_ctx=n_ctx, threads=threads, name=runtime)) as model:
         for prompt in prompts:
-            prompt_tokens = model.encode(prompt, parse_special=True)[: max(1, n_ctx - n_new)]
+            prompt_tokens = begun(model, model.encode(prompt, parse_special=True))[: max(1, n_ctx - n_new)]
             if not prompt_tokens:
                 raise StageFailed("the tokenizer makes nothing of the prompt", where=path)
             tokens = list(generate(model, prompt_tokens, n_new, stop=stop))

@@ -39,11 +39,10 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The tokens that a tokenizer puts around a text; None where the model has none."""
+    """The tokens that a text may begin and end with; None where the model has none."""
 
     bos: int | None = None
     eos: int | None = None
-    add_bos: bool = False  # the model expects BOS before every text
 
 
 def special_tokens(path: Path) -> SpecialTokens:
@@ -54,18 +53,14 @@ def special_tokens(path: Path) -> SpecialTokens:
     """
     if path.is_file():
         gguf = GgufFile(path)
-        # llama.cpp's rule where the key is absent: SentencePiece vocabularies start with BOS, others do not.
-        add_bos = gguf.get("tokenizer.ggml.add_bos_token", bool, gguf.get("tokenizer.ggml.model", str, "") == "llama")
-        bos, eos = (gguf.get(f"tokenizer.ggml.{role}_token_id", int) for role in ("bos", "eos"))
-        return SpecialTokens(bos, eos, add_bos=add_bos)
+        return SpecialTokens(*(gguf.get(f"tokenizer.ggml.{role}_token_id", int) for role in ("bos", "eos")))
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadInput(f"no tokenizer that transformers reads ({error})", where=path) from error
-    bos, first = tokenizer.bos_token_id, tokenizer("a")["input_ids"][:1]
-    return SpecialTokens(bos, tokenizer.eos_token_id, add_bos=bos is not None and first == [bos])
+    return SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -116,8 +111,8 @@ class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids, with BOS in front where the model expects it and `add_special_tokens` does not forbid it."""
         ids = self.runtime.encode(string)
-        add = self.special.add_bos if add_special_tokens is None else add_special_tokens
-        return [self.special.bos, *ids] if add and self.special.bos is not None else ids
+        first = self.runtime.bos if add_special_tokens is None else self.special.bos if add_special_tokens else None
+        return ids if first is None else [first, *ids]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
         """As lm-eval's, without its progress bar: progress is reported otherwise here."""

@@ -11,6 +11,7 @@ import torch
 from edgeprune.attention import GROUPED, attention, cache_for
 from edgeprune.files import read_json, write_json
 from edgeprune.models import Model
+from edgeprune.runtimes.pytorch import bos_of
 
 ROWS = 48  # texts written side by side: one read of the weights serves them all
 Item = TypeVar("Item")
@@ -74,7 +75,7 @@ def sample(logits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tens
 def continued(
     model: Model, writer: Any, tokens: torch.Tensor, length: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts that begin with `tokens`, (rows, begun), sampled at temperature 1.
+    """Texts that begin with `tokens`, (rows, begun), sampled at temperature 1; BOS before them is not told.
 
     Args:
         model: whose tokenizer says which tokens are special: they are not drawn, so a text goes on to its length.
@@ -85,7 +86,10 @@ def continued(
         The texts, (rows, length), and the mean negative log-likelihood of each one's drawn tokens, nats, (rows,).
     """
     banned = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
-    cache, step, written, nlls = cache_for(writer, length), tokens, [tokens], []
+    bos, step = bos_of(model.tokenizer), tokens
+    if bos is not None:
+        step = torch.cat([tokens.new_full((len(tokens), 1), bos), tokens], dim=1)
+    cache, written, nlls = cache_for(writer, length + 1), [tokens], []
     with attention(writer, GROUPED):
         for _ in range(length - tokens.shape[1]):
             logits = writer(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]

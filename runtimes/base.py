@@ -22,6 +22,11 @@ class Runtime(Protocol):
     n_ctx: int
     n_past: int  # tokens in the cache
 
+    @property
+    def bos(self) -> int | None:
+        """The token that the tokenizer puts before every text; None where it puts none."""
+        ...
+
     def forward(self, tokens: Tokens, *, last_only: bool = False) -> Logits:
         """Append `tokens`, (T,), to the cache; logits after each of them, (T, n_vocab), or (1, n_vocab).
 
@@ -59,6 +64,12 @@ def checked(tokens: Tokens, *, n_past: int, n_ctx: int, n_vocab: int, where: obj
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
         raise BadInput(f"a token is not in the vocabulary of {n_vocab}", where=where)
     return ids
+
+
+def begun(runtime: Runtime, tokens: Sequence[int]) -> list[int]:
+    """`tokens` of a whole text with BOS before them, if the tokenizer puts it there and a chat template has not."""
+    first = runtime.bos
+    return [*tokens] if first is None or tokens[:1] == [first] else [first, *tokens]
 
 
 def generate(runtime: Runtime, prompt: Sequence[int], n_new: int, *, stop: Collection[int] = ()) -> Iterator[int]:

@@ -246,6 +246,12 @@ class LlamaCpp(Closing):
             raise failure(f"llama.cpp cannot rewind to {n_past} tokens", self.path)
         self.n_past = n_past
 
+    @property
+    def bos(self) -> int | None:
+        """As `Runtime.bos`."""
+        self._open()
+        return self._tokenizer.bos
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of `text`, without BOS or EOS; with `parse_special` the names of special tokens become them."""
         self._open()

@@ -53,6 +53,12 @@ class Tokenizer:
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
 
+    @property
+    def bos(self) -> int | None:
+        """As `Runtime.bos`."""
+        found = int(llama_cpp.llama_vocab_bos(self._vocab))
+        return found if found >= 0 and llama_cpp.llama_vocab_get_add_bos(self._vocab) else None
+
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         raw = text.encode("utf-8", "replace")
         room = len(raw) + 8  # a token has a byte at least, BOS and EOS come on top

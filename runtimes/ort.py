@@ -151,6 +151,11 @@ class OnnxRuntime:
         if not self._in_place:
             self._cache = {name: np.ascontiguousarray(old[:, :, :n_past]) for name, old in self._cache.items()}
 
+    @property
+    def bos(self) -> int | None:
+        """As `TokenizerFile.bos`."""
+        return self._text.bos
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """As `TokenizerFile.encode`."""
         return self._text.encode(text, parse_special=parse_special)

@@ -94,6 +94,11 @@ class ExecuTorch:
             raise BadInput(f"cannot rewind from {self.n_past} to {n_past} tokens", where=self.path)
         self.n_past = n_past
 
+    @property
+    def bos(self) -> int | None:
+        """As `TokenizerFile.bos`."""
+        return self._text.bos
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """As `TokenizerFile.encode`."""
         return self._text.encode(text, parse_special=parse_special)

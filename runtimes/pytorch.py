@@ -148,6 +148,11 @@ class PyTorch:
         elif n_past < self.n_past:
             self._cache.crop(n_past)
 
+    @property
+    def bos(self) -> int | None:
+        """As `Runtime.bos`; raises `BadInput` as `encode` does."""
+        return bos_of(self._text())
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of `text`, without BOS or EOS; `parse_special` reads "<|...|>" as the special token it names.
 
@@ -235,6 +240,12 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInput(f"transformers cannot read the tokenizer ({_line(error)})", where=path, remedy=remedy) from error
+
+
+def bos_of(tokenizer: Any) -> int | None:
+    """The id of BOS if the tokenizer begins a text with it, else None."""
+    first = tokenizer("a")["input_ids"][:1]
+    return int(first[0]) if first and first[0] == tokenizer.bos_token_id else None
 
 
 def _line(error: Exception) -> str:

@@ -16,6 +16,12 @@ class TokenizerFile:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def bos(self) -> int | None:
+        """As `Runtime.bos`; raises `BadInput` as `encode` does."""
+        found = self._tokenizer.encode("a", add_special_tokens=True)
+        return int(found.ids[0]) if found.special_tokens_mask[:1] == [1] else None
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of `text`, without BOS or EOS; the text of a special token is one only if `parse_special`.
 

@@ -28,6 +28,8 @@ from edgeprune.shipping.run import Run
 class Echo:
     """A runtime whose tokens are bytes and that repeats a text, whatever it is told."""
 
+    bos: int | None = None
+
     def __init__(self, text: str, n_ctx: int) -> None:
         self.says, self.n_ctx, self.n_past = [*text.encode(), 0], n_ctx, 0
         self.computed = 0

@@ -213,10 +213,13 @@ def test_greedy_generation_is_lm_evals(lm, stock):
         lm.generate_until(requests("generate_until", [("a", {"do_sample": True})]))
 
 
-def test_bos_goes_in_front_where_the_model_wants_it(lm, special):
-    lm.special = SpecialTokens(special.bos, special.eos, add_bos=True)
-    assert lm.tok_encode("owls")[0] == special.bos
-    assert lm.tok_encode("owls", add_special_tokens=False)[0] != special.bos
+def test_bos_goes_in_front_where_the_model_wants_it(lm, special, monkeypatch):
+    plain = lm.runtime.encode("owls")
+    assert lm.tok_encode("owls") == lm.tok_encode("owls", add_special_tokens=False) == plain
+    assert lm.tok_encode("owls", add_special_tokens=True) == [special.bos, *plain]
+    monkeypatch.setattr(Counting, "bos", special.bos)
+    assert lm.tok_encode("owls") == [special.bos, *plain]
+    assert lm.tok_encode("owls", add_special_tokens=False) == plain
     lm.special = SpecialTokens()
     with pytest.raises(BadInput, match="no end-of-text token"):
         lm.loglikelihood(requests("loglikelihood", [("", "text")]))

@@ -121,7 +121,7 @@ def prune(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
     """FLAP's plan with its biases. A projection that cannot have a bias in the family stays without compensation."""
     model = load(folder)
     family = model.shape.family
-    inputs = inputs_of(model, calibration.ids, [name for pair in projections(model) for name in pair])
+    inputs = inputs_of(model, calibration.begun, [name for pair in projections(model) for name in pair])
     plan = plan_of(model, inputs, ratio, calibration.hash)
     with tempfile.TemporaryDirectory() as scratch:
         pruned = prune_checkpoint(folder, plan, Path(scratch) / "pruned")

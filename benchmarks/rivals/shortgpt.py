@@ -74,7 +74,7 @@ def prune(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
     drop = round(ratio * shape.parameters / (shape.parameters - one_less))
     if drop >= count:
         raise BadInput(f"ratio {ratio} would drop all {count} layers", remedy="ask for less")
-    kept = layers_to_keep(block_influence(model, calibration.ids), drop)
+    kept = layers_to_keep(block_influence(model, calibration.begun), drop)
     places = {f"{family.layers}.{old}.": f"{family.layers}.{new}." for new, old in enumerate(kept)}
     tensors = {}
     for name, tensor in tensors_of(folder).items():

@@ -174,11 +174,11 @@ def slice_model(model: Model, calibration: TextSet, width: int) -> tuple[torch.T
         BadInput: texts of different lengths.
     """
     shape, family, module = model.shape, model.shape.family, model.module
-    if len({len(ids) for ids in calibration.ids}) != 1:
+    if len({len(ids) for ids in calibration.begun}) != 1:
         raise BadInput("SliceGPT wants calibration texts of one length")
     body: Any = module.get_submodule(family.layers.rpartition(".")[0])
     layers: Any = module.get_submodule(family.layers)
-    ids = torch.stack(list(calibration.ids))
+    ids = torch.stack(list(calibration.begun))
     positions = torch.arange(ids.shape[1])[None]
     stock = {"attention_mask": None, "position_embeddings": body.rotary_emb(torch.zeros(1), positions)}
     # A norm over `width` components divides by their mean square; the dense one divided by that of all.

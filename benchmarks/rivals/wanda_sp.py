@@ -30,7 +30,7 @@ def prune(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
     """The uniform plan of the scores."""
     model = load(folder)
     names = projections(model)
-    inputs = inputs_of(model, calibration.ids, [name for pair in names for name in pair])
+    inputs = inputs_of(model, calibration.begun, [name for pair in names for name in pair])
     heads, neurons = [], []
     for layer, (output, down) in zip(model.shape.layers, names, strict=True):
         by_channel = channel_scores(weight_of(model, output), inputs[output].squares)

@@ -21,6 +21,7 @@ from edgeprune.distillation.readings import ModelReadings, Reading
 from edgeprune.errors import BadInput
 from edgeprune.layerwise import packed
 from edgeprune.pruning import COMPENSATION, WINDOW
+from edgeprune.runtimes.pytorch import bos_of, load_tokenizer
 from edgeprune.shape import LayerShape, ModelShape
 
 SETS = 4
@@ -66,15 +67,20 @@ def _widths(order: Order) -> list[LayerShape]:
 def _prune(order: Order, chosen: Indices, widths: list[LayerShape], out: Path) -> None:
     """Prune the dense model to `widths`, compensated on the chosen pieces."""
     ids = [torch.from_numpy(order.pool.ids(int(i))) for i in chosen]
-    windows = packed(ids, min(WINDOW, sum(map(len, ids))))
+    windows = packed(ids, min(WINDOW, sum(map(len, ids))), _bos(order))
     prune_compensated(order.model, windows, widths, COMPENSATION, out, origin=Origin("best-of", RATIO, "", ""))
 
 
 def _damage(order: Order, pruned: Path, held_out: Pool) -> float:
     """Mean KL(dense ‖ pruned) on the held-out pieces, nats a token."""
     how = Reading(("divergences",))
-    found = ModelReadings(held_out, Checkpoint(order.model), Checkpoint(pruned), how, order.scratch).divergences
+    dense, bos = Checkpoint(order.model), _bos(order)
+    found = ModelReadings(held_out, dense, Checkpoint(pruned), how, order.scratch, bos=bos).divergences
     return float(found @ held_out.lengths / held_out.tokens)
+
+
+def _bos(order: Order) -> int | None:
+    return bos_of(load_tokenizer(order.model))
 
 
 def narrowed(shape: ModelShape, ratio: float) -> LayerShape:

@@ -20,10 +20,9 @@ from edgeprune.distillation.pool import LENGTH, Fields, Pool, make_pool, source_
 from edgeprune.distillation.readings import ModelReadings, Reading
 from edgeprune.errors import BadInput
 from edgeprune.files import atomic_file, cache_dir, sha256, write_json, write_text
-from edgeprune.packing import bos_of
 from edgeprune.record import environment
 from edgeprune.recovery_inputs import same_vocabulary, shared_tokenizer
-from edgeprune.runtimes.pytorch import load_tokenizer
+from edgeprune.runtimes.pytorch import bos_of, load_tokenizer
 
 SCHEMA_VERSION = 1
 AUTO = "auto"
