@@ -133,9 +133,7 @@ def fit(
     from edgeprune.boards import device_of
     from edgeprune.devices import Budget, load_profile
     from edgeprune.errors import unknown
-    from edgeprune.fitting import FIT_METHODS, FitOptions, estimate, prepare
-    from edgeprune.fitting import fit as run_fit
-    from edgeprune.report import measured_table
+    from edgeprune.models import resolve
     from edgeprune.runtimes.bench import GATE_S
 
     profile = load_profile(device or device_of(board))
@@ -161,10 +159,17 @@ def fit(
         "tune": tune,
     }
     wanted = targets_of(to)
-    if method not in FIT_METHODS:
-        raise unknown("method", method, FIT_METHODS)
     if ratios:
         chosen["ratios"] = _numbers(ratios, "--ratios")
+    with Stages() as stages:
+        resolve(model, say=stages.say)
+    # Not before: importing torch takes seconds, and a slip in an option should not.
+    from edgeprune.fitting import FIT_METHODS, FitOptions, estimate, prepare
+    from edgeprune.fitting import fit as run_fit
+    from edgeprune.report import measured_table
+
+    if method not in FIT_METHODS:
+        raise unknown("method", method, FIT_METHODS)
     with Stages() as stages:
         if dry_run:
             options = FitOptions(**chosen)
@@ -201,7 +206,7 @@ def _shipped(run: Path, to: list[str], model: str, threads: int, stages: Stages)
         return []
     from edgeprune.shipping import ship as write
 
-    return [write(run, name, model=model, threads=threads, say=lambda text: stages(text, 0, 0)) for name in to]
+    return [write(run, name, model=model, threads=threads, say=stages.say) for name in to]
 
 
 def _targets(quant: str | None, runtime: str | None) -> tuple[Any, ...]:
@@ -272,7 +277,7 @@ def export(
         export_optimum(checkpoint_folder(source), out)
     else:
         with Stages() as stages, tempfile.TemporaryDirectory(prefix="edgeprune-") as scratch:
-            folder = checkpoint_folder(source, say=lambda text: stages(text, 0, 0))
+            folder = checkpoint_folder(source, say=stages.say)
             from edgeprune.checkpoint import Checkpoint
 
             for note in target.format.fallbacks(Checkpoint(folder).shape, target.quantisation):

@@ -31,7 +31,7 @@ def setup(
     link = Link(find_board(board).board())
     wanted = requirements([name.strip() for name in runtime.split(",")])
     with Stages() as stages:
-        told = run_setup(link, wanted, wheels=wheels, say=lambda text: stages(text, 0, 0))
+        told = run_setup(link, wanted, wheels=wheels, say=stages.say)
     console.print(f"{link.board} is ready: {told['cpu_info']}, {told['cores']} cores, Python {told['python']}")
 
 

@@ -74,18 +74,21 @@ def distill(
     """Distil text to a small set that calibrates or recovers a model nearly as well as all of it."""
     from dataclasses import asdict
 
-    import torch
+    from edgeprune.models import checkpoint_folder, resolve
+
+    with Stages() as stages:
+        dense = resolve(model, say=stages.say)
+    import torch  # not before: it takes seconds
 
     from edgeprune.distillation.distil import distil
     from edgeprune.distillation.pool import Fields
-    from edgeprune.models import checkpoint_folder, resolve
 
     if threads:
         torch.set_num_threads(threads)
     usual = Fields()
     fields = Fields(tuple(text_field) if text_field else usual.text, label_field if per_class else None)
     with Stages() as stages:
-        folder = checkpoint_folder(resolve(model), say=lambda line: stages(line, 0, 0))
+        folder = checkpoint_folder(dense, say=stages.say)
         result = distil(
             source,
             out,

@@ -53,7 +53,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune a model to a checkpoint that stock transformers loads."""
-    from edgeprune.pruning import prune as run_prune
+    from edgeprune.models import resolve
     from edgeprune.targets import target_for
 
     if align.isdigit():
@@ -62,8 +62,11 @@ def prune(
         target = target_for(align)
         step = target.format.alignment(target.quantisation)
     with Stages() as stages:
+        source = resolve(model, say=stages.say)
+        from edgeprune.pruning import prune as run_prune  # not before: importing torch takes seconds
+
         plan = run_prune(
-            model,
+            source,
             ratio,
             out,
             method=method,

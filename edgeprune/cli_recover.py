@@ -80,20 +80,22 @@ def recover(
     """Train a pruned model to be like the dense one again, for a given time."""
     from dataclasses import replace
 
-    import torch
+    from edgeprune.models import checkpoint_folder, resolve
+
+    seconds = duration(time, "--time")
+    with Stages() as stages:
+        dense = checkpoint_folder(resolve(teacher, say=stages.say), say=stages.say)
+    import torch  # not before: it takes seconds
 
     from edgeprune.calibration import read_texts, read_weighted, weights_of
     from edgeprune.errors import unknown
     from edgeprune.losses import Mix
-    from edgeprune.models import checkpoint_folder, resolve
     from edgeprune.recipe import RECIPES, Method
     from edgeprune.recovery import recover as run
     from edgeprune.recovery_inputs import usual_recipe
 
     if method not in RECIPES:
         raise unknown("method", method, RECIPES)
-    with Stages() as stages:
-        dense = checkpoint_folder(resolve(teacher), say=lambda line: stages(line, 0, 0))
     usual = usual_recipe(cast("Method", method), pruned, dense)
     recipe = replace(
         usual.with_length(length) if length else usual,
@@ -109,7 +111,7 @@ def recover(
             pruned,
             dense,
             out,
-            seconds=duration(time, "--time"),
+            seconds=seconds,
             text=[each for each, _ in given] if text else None,
             weights=weights_of(given),
             held_out=[each for path in held_out for each in read_texts(path)] if held_out else None,

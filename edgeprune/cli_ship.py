@@ -76,9 +76,7 @@ def ship(
     with Stages() as stages:
         for name in names:
             folder = (out or run / FOLDER) / name.partition(":")[0]
-            written[name] = str(
-                write(run, name, folder, model=model, threads=threads, say=lambda text: stages(text, 0, 0))
-            )
+            written[name] = str(write(run, name, folder, model=model, threads=threads, say=stages.say))
         if push:
             from edgeprune.shipping.to_huggingface import push as upload
 
@@ -100,7 +98,7 @@ def verify(
     from edgeprune.shipping import verify as look
 
     with Stages() as stages:
-        found = look(bundle, threads=threads, say=lambda text: stages(text, 0, 0))
+        found = look(bundle, threads=threads, say=stages.say)
     if as_json:
         print_json({"ok": found.ok, **asdict(found)})
     else:

@@ -71,6 +71,10 @@ class Stages:
                 errors.print(f"{escape(stage)} …", soft_wrap=True)
         self._bars.update(self._tasks[stage], completed=done, total=total or None)
 
+    def say(self, stage: str) -> None:
+        """Report a stage without steps."""
+        self(stage, 0, 0)
+
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows of text; `**bold**` as in Markdown is bold. Too narrow a terminal wraps cells, never cuts them."""
