@@ -188,7 +188,8 @@ def estimate(proposal: Proposal, options: FitOptions) -> float:
         # The table's second moments and each plan's take another pass, a plan's two streams of hidden states.
         read += n_options * JUDGED_WINDOWS * WINDOW // 2 + (1 + 2 * made) * calibration
         if options.corpus:
-            read += (len(SHARES) + 1) * JUDGED_TEXTS * WINDOW
+            embedding = shape.embedding_parameters / shape.parameters
+            read += (sum(share < embedding for share in SHARES) + 1) * JUDGED_TEXTS * WINDOW
     return estimated_seconds(
         proposal.shape,
         written=written * 3 // 2,

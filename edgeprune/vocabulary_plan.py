@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,12 @@ def folder_vocabulary(folder: Path, rows: int) -> BpeVocabulary:
         ) from error
     if (folder / GGUF_TOKENIZER).is_file():
         fixed |= gguf_fixed(GgufFile(folder / GGUF_TOKENIZER))
+    return _read(where, where.stat().st_mtime_ns, rows, frozenset(fixed))
+
+
+@lru_cache(maxsize=2)
+def _read(where: Path, _changed: int, rows: int, fixed: frozenset[int]) -> BpeVocabulary:
+    """Deriving every token of a large vocabulary takes seconds, and every size that is tried needs it twice."""
     return read_vocabulary(read_json(where), rows=rows, fixed=fixed, where=where)
 
 

@@ -40,7 +40,7 @@ from edgeprune.runtimes.pytorch import PyTorch
 from edgeprune.search import best_plan, dense_candidates
 from edgeprune.shape import ModelShape
 from edgeprune.targets import target_for
-from edgeprune.vocabulary_damage import VocabularyOption
+from edgeprune.vocabulary_damage import VocabularyOption, options_of
 from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, plan_vocabulary
 from edgeprune.vocabulary_surgery import prune_vocabulary
 
@@ -115,6 +115,18 @@ def test_tokens_go_where_that_is_the_least_damage_and_stay_where_it_is_not(
         assert made.reached_ratio == pytest.approx(1 - candidate.shape.parameters / shape.parameters)
     alone = best_plan(table(shape, 1.0), shape, target, profile, budget, uniform=uniform)
     assert alone.damage == pytest.approx(dear.damage, abs=2e-3)
+
+
+def test_a_vocabulary_that_does_no_harm_stands_for_larger_ones_which_are_still_preferred() -> None:
+    assert options_of(1000, [800, 500, 200], {200: 0.5, 500: -0.01}) == (
+        VocabularyOption(1000, 0.0),
+        VocabularyOption(800, pytest.approx(0.4e-3), measured=False),
+        VocabularyOption(500, 1e-3),
+        VocabularyOption(200, 0.5),
+    )
+    harm = options_of(1000, [800, 500, 200], {200: 0.5, 500: 0.02, 800: 0.03})
+    assert [option.damage for option in harm] == [0.0, 0.03, 0.03, 0.5]  # fewer tokens are never better
+    assert all(option.measured for option in harm)
 
 
 def test_a_plan_with_fewer_tokens_is_another_plan_and_says_so(roomy: Path) -> None:

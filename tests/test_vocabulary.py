@@ -118,9 +118,19 @@ def test_bytes_take_over_from_characters_but_not_from_the_space() -> None:
         spec_of(tokens, [("é", "a")], byte_fallback=True, unk_token="<unk>"),
     )
     assert vocabulary.pieces[258] == (1 + 0xC3, 1 + 0xA9)
-    assert vocabulary.fixed == set(range(258))
+    assert vocabulary.fixed == {*range(258), 259}  # "a" as a byte saves nothing: the model never met it like that
     counts = np.ones(len(tokens))
-    assert keep_tokens(vocabulary, counts, 259).kept.tolist() == [*range(258), 258]  # "a" is one byte: no longer text
+    assert keep_tokens(vocabulary, counts, 259).kept.tolist() == [*range(258), 259]
+
+
+def test_a_character_that_is_used_outlives_words_that_are_not() -> None:
+    """Bytes are all but unknown to a model with characters: `é` as two of them costs two tokens a use, not one."""
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "é", "a", "b", "aa", "bb"]
+    vocabulary = read_vocabulary(spec_of(tokens, [("a", "a"), ("b", "b")], byte_fallback=True))
+    counts = np.zeros(len(tokens))
+    counts[[256, 259, 260]] = 4, 5, 7
+    assert keep_tokens(vocabulary, counts, 260).kept.tolist() == [*range(259), 260]  # 5 tokens longer; "é" would be 8
+    assert keep_tokens(vocabulary, counts, 259).kept.tolist() == list(range(259))
 
 
 def test_tokens_taken_whole_pass_their_uses_to_what_merges_make_of_them() -> None:
