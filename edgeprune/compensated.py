@@ -22,7 +22,7 @@ from edgeprune.errors import BadInput
 from edgeprune.files import atomic_file, read_json, write_json
 from edgeprune.importance import text_hash
 from edgeprune.layerwise import Compensation, PrunedLayer, Streams, prune_layers, start_streams
-from edgeprune.plan import LayerPlan, PrunePlan
+from edgeprune.plan import LayerPlan, PrunePlan, keep_all
 from edgeprune.precision import fast_dtype
 from edgeprune.shape import LayerShape
 from edgeprune.surgery import prune_checkpoint
@@ -79,27 +79,34 @@ def prune_compensated(
     if len(choices) != len(model.shape.layers):
         raise BadInput(f"{len(choices)} widths for a model of {len(model.shape.layers)} layers")
     work = _Work(out.with_name(f"{out.name}.partial"), _key(model, ids, choices, how, origin))
-    done = work.finished(len(choices))
-    if len(done) < len(choices):
+    shape = model.shape
+    # Behind the last layer that loses something nobody reads what the streams would be.
+    until = 1 + max((i for i, choice in enumerate(choices) if _widths(choice) != shape.layers[i]), default=-1)
+    done = work.finished(until)
+    if len(done) < until:
         streams = work.streams(model, ids, len(done))
         saved = time.monotonic()
-        for index, layer in enumerate(prune_layers(model, streams, choices, how, start=len(done)), start=len(done)):
+        pruned = prune_layers(model, streams, choices[:until], how, start=len(done))
+        for index, layer in enumerate(pruned, start=len(done)):
             work.add(index, layer)
             done.append(layer.plan)
-            last = index + 1 == len(choices)
+            last = index + 1 == until
             if not last and time.monotonic() - saved > _SAVE_EVERY_S:
                 work.save_streams(index + 1, streams)
                 saved = time.monotonic()
             if progress:
-                progress(index + 1, len(choices))
-    layers = tuple(done)
-    shape = model.shape
+                progress(index + 1, until)
+    layers = (*done, *keep_all(shape).layers[until:])
     after = shape.with_layers(tuple(layer.widths for layer in layers)).parameters
     reached = 1 - after / (origin.parameters or shape.parameters)
     plan = PrunePlan(layers, origin.method, origin.asked_ratio, reached, origin.model_hash, origin.text_hash)
-    prune_checkpoint(source, plan, out, replaced=work.replaced(model))
+    prune_checkpoint(source, plan, out, replaced=work.replaced(model, until))
     shutil.rmtree(work.folder)
     return plan
+
+
+def _widths(choice: LayerShape | LayerPlan) -> LayerShape:
+    return choice.widths if isinstance(choice, LayerPlan) else choice
 
 
 def _key(model: LayeredModel, ids: torch.Tensor, choices: Choices, how: Compensation, origin: Origin) -> str:
@@ -164,12 +171,12 @@ class _Work:
             save_file({role: tensor.contiguous() for role, tensor in layer.tensors.items()}, temporary)
         write_json(note, {"plan": asdict(layer.plan), "error": layer.error})
 
-    def replaced(self, model: LayeredModel) -> Callable[[str], NDArray[np.float32] | None]:
-        """Name of a tensor -> its new weights, read from the folder one layer at a time."""
+    def replaced(self, model: LayeredModel, until: int) -> Callable[[str], NDArray[np.float32] | None]:
+        """Name of a tensor -> its new weights, read from the folder one layer at a time; of layers before `until`."""
         family = model.family
         places = {
             f"{family.in_layer(index, role)}.{kind}": (index, role if kind == "weight" else f"{role}.{kind}")
-            for index in range(len(model.shape.layers))
+            for index in range(until)
             for role in ("output", "down")
             for kind in ("weight", "bias")
         }

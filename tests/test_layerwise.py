@@ -74,6 +74,33 @@ def test_nothing_to_remove_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(streams.pruned, streams.dense)
 
 
+def test_layers_behind_the_last_change_are_not_run(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "dense", "llama")
+    dense = list(Checkpoint(folder).shape.layers)
+    seen: list[tuple[int, int]] = []
+
+    def run(choices: list[LayerShape], out: str) -> dict[str, torch.Tensor]:
+        prune_compensated(
+            folder,
+            text(),
+            choices,
+            Compensation(),
+            tmp_path / out,
+            origin=ORIGIN,
+            dtype=EXACT,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        return load_model(tmp_path / out).state_dict()
+
+    before, same = load_model(folder).state_dict(), run(dense, "same")
+    assert not seen and all(torch.equal(same[key], before[key]) for key in before)
+    second = run([dense[0], replace(dense[1], neurons=64), dense[2]], "second")
+    assert seen == [(1, 2), (2, 2)]
+    changed = {key for key in before if second[key].shape != before[key].shape}
+    assert changed == {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert all(torch.equal(second[key], before[key]) for key in before.keys() - changed)
+
+
 def test_parts_may_be_absent(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "dense", "llama")
     dense = Checkpoint(folder).shape.layers[0]
