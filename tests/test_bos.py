@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,10 @@ from tokenizers.processors import TemplateProcessing
 
 from edgeprune.calibration import TextSet, held_out_text, retokenized, self_generated, take
 from edgeprune.cross_quality import measure_across
+from edgeprune.distillation import soft
+from edgeprune.distillation.base import Order, Quota
+from edgeprune.distillation.pool import Fields, make_pool, source_of
+from edgeprune.distillation.readings import ModelReadings
 from edgeprune.errors import BadInput
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.export.onnx_graph import export_onnx
@@ -27,7 +33,7 @@ from edgeprune.quality import evaluate, measure, measure_text
 from edgeprune.reference import Reference, build_reference
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import begun
-from edgeprune.runtimes.pytorch import PyTorch, load_tokenizer
+from edgeprune.runtimes.pytorch import PyTorch, load_model, load_tokenizer
 from edgeprune.writing import continued
 
 BOS, LENGTH, COUNT = 0, 32, 3
@@ -149,3 +155,19 @@ def test_own_text_keeps_it_apart(model: Model) -> None:
     assert sound(self_generated(model, count=2, length=24, seed=1))
     assert sound(self_generated(model, count=2, length=24, seed=1))  # from the cache
     assert sound(held_out_text(model, windows=2, length=24))
+
+
+def test_soft_data_begin_with_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "labelled.jsonl"
+    source.write_text("".join(json.dumps({"text": TEXT[i : i + 40], "label": i % 2}) + "\n" for i in range(6)))
+    tokenizer = load_tokenizer(folder)
+    pool = make_pool(source_of([str(source)]), tokenizer, fields=Fields(("text",), "label"), folder=tmp_path)
+    monkeypatch.setattr(soft, "SoftSettings", partial(soft.SoftSettings, length=8, steps=0))
+    order = Order(pool, Quota(count=1), folder, None, never, 0, tmp_path, tmp_path, lambda *_: None)
+    made, table = soft.make(order).embeddings, load_model(folder).get_input_embeddings().weight
+    assert made.shape[0] == 2
+    assert all(torch.equal(each[0], table[BOS]) and not torch.equal(each[1], table[BOS]) for each in made)
+
+
+def never(*_: object) -> ModelReadings:
+    raise AssertionError("soft data are not chosen by readings")

@@ -27,7 +27,7 @@ from edgeprune.distillation.base import Order
 from edgeprune.errors import BadInput
 from edgeprune.families import family_for
 from edgeprune.files import atomic_file
-from edgeprune.runtimes.pytorch import load_model
+from edgeprune.runtimes.pytorch import bos_of, load_model, load_tokenizer
 
 Parameters = dict[str, Tensor]
 
@@ -189,7 +189,10 @@ def make(order: Order) -> SoftSet:
     if pool.labels is None or order.quota.count is None:
         raise BadInput("soft data are for texts with labels", remedy="use --per-class and --label-field")
     settings = SoftSettings()
-    texts = [torch.from_numpy(pool.ids(i)[: 4 * settings.length]) for i in range(len(pool))]
+    bos = bos_of(load_tokenizer(order.model))
+    first = [] if bos is None else [bos]
+    room = 4 * settings.length - len(first)
+    texts = [torch.tensor([*first, *pool.ids(i)[:room].tolist()]) for i in range(len(pool))]
     learner = DecoderLearner(load_model(order.model), len(pool.classes))
     labels = torch.from_numpy(pool.labels)
 
