@@ -236,6 +236,24 @@ def test_a_corpus_can_make_a_budget_possible(roomy: Path, corpus: Path, tmp_path
     assert "--corpus" not in str(caught.value)
 
 
+def test_a_large_vocabulary_is_named_to_who_gives_no_corpus(roomy: Path, corpus: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    for name, paths in (("without", []), ("with", [corpus])):
+        prune(
+            roomy,
+            0.1,
+            tmp_path / name,
+            corpus=paths,
+            calibration=str(corpus),
+            progress=lambda stage, *_, name=name: said.append(f"{name}: {stage}"),
+        )
+    shape = Checkpoint(roomy).shape
+    share = f"{1536 * shape.hidden / shape.parameters:.0%}"
+    told = [each for each in said if "is vocabulary: --corpus" in each]
+    assert len(told) == 1 and told[0].startswith(f"without: {share} of this model")
+    assert Checkpoint(tmp_path / "with").shape.vocab < Checkpoint(tmp_path / "without").shape.vocab == 1536
+
+
 def test_wrong_use_is_told_before_the_work(roomy: Path, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="method amp leaves the vocabulary as it is"):
         run(roomy, tmp_path / "run", Budget(context=CONTEXT), method="amp", corpus=[corpus])
