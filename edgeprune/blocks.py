@@ -171,14 +171,39 @@ class Head:
     weight: torch.Tensor  # (vocabulary, hidden)
     bias: torch.Tensor | None
     soft_cap: float | None
+    counts: torch.Tensor | None = None  # (vocabulary,): for how many tokens each stands; None: for itself
 
     @torch.inference_mode()
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
         """Logits, (tokens, vocabulary), float32, of the residual stream, (tokens, hidden)."""
-        logits = (self.norm(residual).to(self.weight.dtype) @ self.weight.T).float()
+        logits: torch.Tensor = (self.norm(residual).to(self.weight.dtype) @ self.weight.T).float()
         if self.bias is not None:
             logits += self.bias
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits if self.counts is None else logits + self.counts.log()
+
+    @torch.inference_mode()
+    def sample(self, residual: torch.Tensor, size: int) -> Head:
+        """A head of `size` tokens whose distributions stand for this one's: it costs as much less as it is smaller.
+
+        Half of them are the tokens that this head expects most over `residual`, (tokens, hidden); the others are drawn
+        from the rest, each to count for as many as it was drawn from. Two such distributions differ about as the whole
+        ones do, and not at all where those do not.
+        """
+        vocabulary = len(self.weight)
+        if vocabulary <= size:
+            return self
+        expected = torch.zeros(vocabulary)
+        for part in torch.split(residual, 256):
+            expected += self.logits(part).softmax(-1).sum(0)
+        order = expected.argsort(descending=True)
+        most, rest = order[: size // 2], order[size // 2 :]
+        drawn = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))[: size - len(most)]]
+        rows = torch.cat([most, drawn])
+        counts = torch.cat([torch.ones(len(most)), torch.full((len(drawn),), len(rest) / len(drawn))])
+        bias = None if self.bias is None else self.bias[rows]
+        return Head(self.norm, self.weight[rows], bias, self.soft_cap, counts)
 
 
 class LayeredModel:

@@ -13,7 +13,7 @@ from edgeprune import compensated
 from edgeprune.blocks import LayeredModel
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.compensated import Origin, prune_compensated
-from edgeprune.damage import DamageTable, measure_damage
+from edgeprune.damage import DamageTable, Reference, measure_damage
 from edgeprune.errors import BadInput
 from edgeprune.layerwise import Compensation, PrunedLayer, Streams, packed, prune_layers, start_streams
 from edgeprune.runtimes.pytorch import load_model
@@ -202,3 +202,19 @@ def test_damage_is_the_divergence_of_the_changed_model(tmp_path: Path) -> None:
     expected = float((dense.exp() * (dense - changed)).sum(-1).mean())
     assert table.mlp[1][-1].neurons == 0
     assert table.mlp[1][-1].damage == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # Gemma 2 caps its logits
+def test_a_part_of_a_vocabulary_stands_for_all_of_it(tmp_path: Path, name: str) -> None:
+    model = LayeredModel(Checkpoint(save_tiny(tmp_path / "dense", name)))
+    model.embed(text())
+    head = model.head()
+    generator = torch.Generator().manual_seed(0)
+    residual = 3 * torch.randn(300, model.shape.hidden, generator=generator)
+    changed = residual + 0.5 * torch.randn(residual.shape, generator=generator)
+    part = head.sample(residual, 256)
+    whole, small = Reference.of(head, residual), Reference.of(part, residual)
+    assert small.probabilities.shape == (300, 256) and float(part.counts.sum()) == pytest.approx(model.shape.vocab)
+    assert small.divergence(part, residual) < 1e-6
+    assert small.divergence(part, changed) == pytest.approx(whole.divergence(head, changed), rel=0.1)
+    assert head.sample(residual, model.shape.vocab) is head
