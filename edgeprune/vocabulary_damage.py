@@ -34,7 +34,7 @@ from edgeprune.vocabulary_surgery import prune_vocabulary
 
 SCHEMA_VERSION = 2
 # Shares of all parameters at which the damage is measured, as far as the vocabulary reaches. On SmolLM2-135M 10 % is
-# half of the vocabulary, and costs more than as much of the layers; Gemma 3 270M reads English as well without 30 %.
+# half of the vocabulary, and costs more than as much of the layers; of Gemma 3 270M 30 % cost 0.02 nats of English.
 SHARES = (0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 # Nats a token that cannot be told from none on some thousand tokens. No damage is taken to be less, so that of two
 # vocabularies that read the text equally well the larger one stays.
