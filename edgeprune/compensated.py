@@ -27,7 +27,7 @@ from edgeprune.precision import fast_dtype
 from edgeprune.shape import LayerShape
 from edgeprune.surgery import prune_checkpoint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SAVE_EVERY_S = 60.0  # hidden states are saved at most so often: they are large, and a layer is quickly done again
 
 Progress = Callable[[int, int], None]

@@ -29,8 +29,8 @@ SCHEMA_VERSION = 2
 # Shares of the MLP at which the KL is measured; between them it is interpolated along the loss of the least squares.
 MEASURED_SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3, 1 / 6, 0.0)
 
-# Of a larger vocabulary so many tokens stand for all: the head takes a third of the table's time on SmolLM2-135M, two
-# thirds on Gemma 3 270M, and damages are compared, not reported.
+# Of a larger vocabulary so many tokens stand for all: the head would take a third of the table's time on SmolLM2-135M,
+# two thirds on Gemma 3 270M, and damages of either come out within 2 and 4 %, less than another text would change them.
 JUDGED_TOKENS = 8192
 
 Progress = Callable[[int, int], None]
