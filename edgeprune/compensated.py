@@ -21,7 +21,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.files import atomic_file, read_json, write_json
 from edgeprune.importance import text_hash
-from edgeprune.layerwise import Compensation, PrunedLayer, Streams, prune_layers, start_streams
+from edgeprune.layerwise import Compensation, PrunedLayer, Streams, prune_layers, start_streams, widths_of
 from edgeprune.plan import LayerPlan, PrunePlan, keep_all
 from edgeprune.precision import fast_dtype
 from edgeprune.shape import LayerShape
@@ -81,7 +81,7 @@ def prune_compensated(
     work = _Work(out.with_name(f"{out.name}.partial"), _key(model, ids, choices, how, origin))
     shape = model.shape
     # Behind the last layer that loses something nobody reads what the streams would be.
-    until = 1 + max((i for i, choice in enumerate(choices) if _widths(choice) != shape.layers[i]), default=-1)
+    until = 1 + max((i for i, choice in enumerate(choices) if widths_of(choice) != shape.layers[i]), default=-1)
     done = work.finished(until)
     if len(done) < until:
         streams = work.streams(model, ids, len(done))
@@ -103,10 +103,6 @@ def prune_compensated(
     prune_checkpoint(source, plan, out, replaced=work.replaced(model, until))
     shutil.rmtree(work.folder)
     return plan
-
-
-def _widths(choice: LayerShape | LayerPlan) -> LayerShape:
-    return choice.widths if isinstance(choice, LayerPlan) else choice
 
 
 def _key(model: LayeredModel, ids: torch.Tensor, choices: Choices, how: Compensation, origin: Origin) -> str:

@@ -63,6 +63,11 @@ class PrunedLayer:
     error: float
 
 
+def widths_of(choice: LayerShape | LayerPlan) -> LayerShape:
+    """The widths that a choice for a layer leaves, whether it names heads and neurons or not."""
+    return choice.widths if isinstance(choice, LayerPlan) else choice
+
+
 def packed(texts: Sequence[torch.Tensor], length: int, bos: int | None = None) -> torch.Tensor:
     """Texts, (length,) each, one after the other, cut into windows of `length`: (windows, length). The rest is dropped.
 
@@ -207,7 +212,7 @@ def prune_layer(
     Raises:
         StageFailed: second moments that cannot be solved with.
     """
-    widths = choice.widths if isinstance(choice, LayerPlan) else choice
+    widths = widths_of(choice)
     began = Streams(streams.dense.clone(), streams.pruned.clone()) if block.family.parallel else streams
     plan = LayerPlan(tuple(range(dense.kv_heads)), tuple(range(dense.heads)), tuple(range(dense.neurons)))
     tensors: dict[str, torch.Tensor] = {}

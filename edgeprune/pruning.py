@@ -138,12 +138,13 @@ def vocabulary_damage(
     return measure_vocabulary(source, model_hash, corpus, judged, progress=progress)
 
 
-def vocabulary_note(shape: ModelShape) -> str | None:
-    """What to tell who prunes a model with a large vocabulary without a corpus; None: nothing."""
+def tell_of_vocabulary(shape: ModelShape, corpus: Sequence[Path], progress: Progress | None) -> None:
+    """Tell who prunes a model with a large vocabulary without a corpus what one would give."""
     share = shape.embedding_parameters / shape.parameters
-    if share < LARGE_VOCABULARY:
-        return None
-    return f"{share:.0%} of this model is vocabulary: --corpus TEXTS lets tokens go that no text of yours uses"
+    if progress and not corpus and share >= LARGE_VOCABULARY:
+        progress(
+            f"{share:.0%} of this model is vocabulary: --corpus TEXTS lets tokens go that no text of yours uses", 0, 0
+        )
 
 
 def check_corpus(corpus: Sequence[str | Path], method: str) -> None:
@@ -281,8 +282,7 @@ def _prune_by_damage(
     progress: Progress | None,
 ) -> PrunePlan:
     """Widths, and with a corpus the vocabulary, by measured damage; compensated on text as the new tokens have it."""
-    if progress and not corpus and (note := vocabulary_note(model.shape)):
-        progress(note, 0, 0)
+    tell_of_vocabulary(model.shape, corpus, progress)
     table = cached_damage(model.folder, model.hash, texts, progress=progress)
     vocabulary: tuple[VocabularyOption, ...] = ()
     if corpus:

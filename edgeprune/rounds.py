@@ -18,7 +18,7 @@ from edgeprune.files import cache_dir
 from edgeprune.importance import Scores
 from edgeprune.judging import Measured
 from edgeprune.proposal import Proposal, plans, propose
-from edgeprune.pruning import cached_damage, vocabulary_damage, vocabulary_note
+from edgeprune.pruning import cached_damage, tell_of_vocabulary, vocabulary_damage
 from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
 from edgeprune.search import METHOD as OBS
@@ -110,8 +110,7 @@ def by_damage(
     if all(candidate.fits for candidate, _ in trials):
         return proposal, trials
     paths = settings.corpus_paths
-    if progress and not paths and (note := vocabulary_note(shape)):
-        progress(note, 0, 0)
+    tell_of_vocabulary(shape, paths, progress)
     table = cached_damage(source, model_hash, calibration, progress=progress)
     vocabulary: tuple[VocabularyOption, ...] = ()
     if paths:
