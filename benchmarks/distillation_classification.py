@@ -99,24 +99,26 @@ DATA: dict[str, Callable[[Path], tuple[Texts, Texts]]] = {
 
 
 class Encoder:
-    """MiniLM: mean states of texts, and a copy with a classifier to train."""
+    """MiniLM: mean states of texts, and a copy with a classifier to train, on the GPU if there is one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
     def model(self) -> Any:
         """The pretrained weights."""
-        return transformers.AutoModel.from_pretrained(self.folder, dtype=torch.float32)
+        return transformers.AutoModel.from_pretrained(self.folder, dtype=torch.float32).to(self.device)
 
     def batch(self, texts: list[str]) -> Any:
         """Padded ids and their mask."""
-        return self.tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        made = self.tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        return made.to(self.device)
 
     def pooled(self, model: Any, texts: list[str]) -> torch.Tensor:
         """Mean states, (n, hidden)."""
         batch = self.batch(texts)
-        with fast_products():
+        with fast_products(self.device):
             hidden = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"][:, :, None]
         return (hidden * mask).sum(1) / mask.sum(1)
@@ -129,7 +131,7 @@ class Encoder:
         found = torch.empty(len(texts), model.config.hidden_size)
         for start in range(0, len(order), 64):
             rows = order[start : start + 64]
-            found[rows] = self.pooled(model, [texts[i] for i in rows])
+            found[rows] = self.pooled(model, [texts[i] for i in rows]).cpu()
         return found.numpy()
 
 
@@ -217,15 +219,16 @@ class Problem:
     def _fine_tuned(self, taken: Indices, weights: Floats, seed: int) -> float:
         torch.manual_seed(seed)
         model = self.encoder.model().train()
-        layer = torch.nn.Linear(model.config.hidden_size, len(self.pool.classes))
+        device = self.encoder.device
+        layer = torch.nn.Linear(model.config.hidden_size, len(self.pool.classes)).to(device)
         parameters = [*model.parameters(), *layer.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=RATES[self.learner], weight_decay=0.01)
         generator = torch.Generator().manual_seed(seed)
-        counts = torch.from_numpy(weights).float()
+        counts = torch.from_numpy(weights).float().to(device)
         for _ in range(STEPS):
             rows = torch.randperm(len(taken), generator=generator)[:64]
             pooled = self.encoder.pooled(model, [self.pool.text(int(taken[i])) for i in rows])
-            labels = torch.from_numpy(self.labels[taken[rows.numpy()]])
+            labels = torch.from_numpy(self.labels[taken[rows.numpy()]]).to(device)
             optimizer.zero_grad()
             (
                 counts[rows] * torch.nn.functional.cross_entropy(layer(pooled), labels, reduction="none")
@@ -236,7 +239,7 @@ class Problem:
         with torch.no_grad():
             for start in range(0, len(self.test), 64):
                 rows = range(start, min(start + 64, len(self.test)))
-                said = layer(self.encoder.pooled(model, [self.test.text(i) for i in rows])).argmax(-1).numpy()
+                said = layer(self.encoder.pooled(model, [self.test.text(i) for i in rows])).argmax(-1).cpu().numpy()
                 right += int((said == self.test_labels[start : start + 64]).sum())
         return 100 * right / len(self.test)
 

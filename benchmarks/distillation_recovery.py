@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pruning_cells import trainer
 
 from edgeprune.calibration import read_texts, read_weighted, weights_of
 from edgeprune.checkpoint import Checkpoint
@@ -122,7 +123,8 @@ class Bench:
             seed=seed,
             resume=False,
         )
-        cell = {"distil_s": seconds, "train_s": round(done.seconds, 1), "held_out_kl": done.after.kl}
+        cell = {"distil_s": seconds, "train_s": round(done.seconds, 1), "trained_on": trainer()}
+        cell |= {"held_out_kl": done.after.kl}
         return cell | {"before_kl": done.before.kl} | self._judged(out)
 
     def calibrated(self, method: str, tokens: int, seed: int) -> Cell:

@@ -171,6 +171,8 @@ class Harness:
             "version": version(),
             "at": datetime.now(UTC).isoformat("T", "seconds"),
         }
+        if METHODS.get(row["method"], DENSE).trains:
+            facts["trained_on"] = cells.trainer()
         row["cells"][column] = {**cell, **facts}
         self.record.save()
         name = f"{row['method']} {100 * row['ratio']:g} % {column}"

@@ -22,8 +22,10 @@ from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_quantise import quantise
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.files import read_json, write_json
+from edgeprune.host import gather
 from edgeprune.models import Model
 from edgeprune.quality import Quality, TextQuality, evaluate, evaluate_text, measure, quality_from_json
+from edgeprune.recognise import recognise
 from edgeprune.reference import load_reference
 from edgeprune.runtimes.bench import bench
 from edgeprune.runtimes.gguf_file import BLOCKS, GgufFile, tensor_bytes
@@ -142,6 +144,13 @@ def prune_in_process(
     start = time.monotonic()
     METHODS[method].prune(Path(folder), ratio, calibration, Path(out))
     return time.monotonic() - start
+
+
+def trainer() -> str:
+    """What `recover` trains on here."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else recognise(gather()).model
 
 
 def export(folder: Path, out: Path, dtype: str, threads: int) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 Nats = TypeVar("Nats", float, Tensor)
 _BLOCK_BYTES = 128 << 20  # of logits held at once
-_ROWS = 32  # rows whose float32 distribution is held at once: stays in the cache
+_CACHED_ROWS = 32  # rows whose float32 distribution a processor holds at once: stays in its cache
 _LEAST_REST = 1e-7  # of q_r: below, 1 − Σ q is rounding error, and p_r / q_r would be noise
 
 
@@ -109,8 +109,18 @@ class Head:
 
     def blocks(self, n: int, itemsize: int) -> list[slice]:
         """Rows 0 to n in blocks whose logits stay below a fixed size."""
-        rows = max(1, _BLOCK_BYTES // (self.weight.shape[0] * itemsize))
-        return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+        return _slices(0, n, max(1, _BLOCK_BYTES // (self.weight.shape[0] * itemsize)))
+
+
+def pieces(block: slice, device: torch.device) -> list[slice]:
+    """The rows of a block in pieces whose float32 distributions are held at once: few on a processor, whose cache they
+    fit; all on a GPU, where each piece costs the launch of every kernel."""
+    rows = _CACHED_ROWS if device.type == "cpu" else max(1, block.stop - block.start)
+    return _slices(block.start, block.stop, rows)
+
+
+def _slices(start: int, stop: int, rows: int) -> list[slice]:
+    return [slice(each, min(each + rows, stop)) for each in range(start, stop, rows)]
 
 
 class _Distillation(torch.autograd.Function):
@@ -142,8 +152,7 @@ class _Distillation(torch.autograd.Function):
         ce = hidden.new_zeros((), dtype=torch.float64)
         for block in head.blocks(n, hidden.element_size()):
             logits = head.raw(hidden[block])  # (rows, V)
-            for start in range(block.start, block.stop, _ROWS):
-                rows = slice(start, min(start + _ROWS, block.stop))
+            for rows in pieces(block, hidden.device):
                 piece = logits[rows.start - block.start : rows.stop - block.start]
                 part = None if teacher is None else TopK(teacher.ids[rows], teacher.probs[rows], teacher.rest[rows])
                 share = None if weights is None else weights[rows]
@@ -221,13 +230,9 @@ def divergence(hidden: Tensor, head: Head, labels: Tensor, teacher: TopK) -> tup
     """Sums over tokens of KL_K and cross-entropy, without gradients; arguments as `distillation`."""
     kl = ce = 0.0
     for block in head.blocks(len(hidden), hidden.element_size()):
-        for rows, raw in zip(torch.split(hidden[block], _ROWS), _rows(block), strict=True):
-            probs = head.probs(head.raw(rows))
-            part = TopK(teacher.ids[raw], teacher.probs[raw], teacher.rest[raw])
+        for rows in pieces(block, hidden.device):
+            probs = head.probs(head.raw(hidden[rows]))
+            part = TopK(teacher.ids[rows], teacher.probs[rows], teacher.rest[rows])
             kl += float(bucket_kl(probs, part).sum())
-            ce -= float(probs.gather(-1, labels[raw, None]).clamp_min(torch.finfo(probs.dtype).tiny).log().sum())
+            ce -= float(probs.gather(-1, labels[rows, None]).clamp_min(torch.finfo(probs.dtype).tiny).log().sum())
     return kl, ce
-
-
-def _rows(block: slice) -> list[slice]:
-    return [slice(i, min(i + _ROWS, block.stop)) for i in range(block.start, block.stop, _ROWS)]

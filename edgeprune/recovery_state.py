@@ -17,7 +17,7 @@ from edgeprune.errors import BadInput
 from edgeprune.files import atomic_file
 
 _FIELDS = "state"
-_RANDOM = "random"
+_RANDOM, _RANDOM_GPU = "random", "random.cuda"
 _BEST = "best."
 
 
@@ -81,6 +81,8 @@ def save(path: Path, state: State, tensors: Mapping[str, Tensor], best: Mapping[
     everything = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     everything |= {_BEST + name: value.detach().cpu().contiguous() for name, value in (best or {}).items()}
     everything[_RANDOM] = torch.get_rng_state()
+    if torch.cuda.is_available():  # dropout draws there
+        everything[_RANDOM_GPU] = torch.cuda.get_rng_state()
     with atomic_file(path) as temporary:
         save_file(everything, temporary, metadata={_FIELDS: json.dumps(asdict(state))})
 
@@ -100,6 +102,9 @@ def restore(path: Path, key: str) -> tuple[State, dict[str, Tensor], dict[str, T
                 return None
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             torch.set_rng_state(tensors.pop(_RANDOM))
+            drawn = tensors.pop(_RANDOM_GPU, None)
+            if drawn is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(drawn)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(
             f"not a usable state of a recovery ({type(error).__name__})", where=path, remedy="delete it and start again"

@@ -187,7 +187,9 @@ class MasterAdamW:
             master.copy_(tensors[f"master.{name}"])
             if f"step.{name}" in tensors:
                 kinds = ("step", "exp_avg", "exp_avg_sq")
-                self._optimizer.state[master] = {kind: tensors[f"{kind}.{name}"].clone() for kind in kinds}
+                self._optimizer.state[master] = {
+                    kind: tensors[f"{kind}.{name}"].to(master.device, copy=True) for kind in kinds
+                }
         self.publish()
 
 

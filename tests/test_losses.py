@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeprune import losses
-from edgeprune.losses import Head, Mix, TopK, bucket_kl, distillation, divergence, top_k
+from edgeprune.losses import Head, Mix, TopK, bucket_kl, distillation, divergence, pieces, top_k
 
 N, V, HIDDEN, K = 7, 23, 5, 4
 
@@ -66,7 +66,7 @@ def test_gradients_of_the_fused_loss_are_right(softcap: float | None, bias: bool
 def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, labels, teacher = setting()
     monkeypatch.setattr(losses, "_BLOCK_BYTES", block)
-    monkeypatch.setattr(losses, "_ROWS", 2)
+    monkeypatch.setattr(losses, "_CACHED_ROWS", 2)
     mix = Mix(0.7, 0.3)
     loss, kl, ce = distillation(hidden, head, labels, teacher, mix)
     found = torch.autograd.grad(loss, (hidden, head.weight))
@@ -76,6 +76,14 @@ def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(found, torch.autograd.grad(expected, (hidden, head.weight)))
     sums = divergence(hidden.detach(), head, labels, teacher)
     assert sums == pytest.approx((N * float(kl), N * float(ce)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 200), st.integers(0, 200), st.sampled_from(["cpu", "cuda"]))
+def test_pieces_are_the_block(start: int, count: int, device: str) -> None:
+    parts = pieces(slice(start, start + count), torch.device(device))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(start, start + count))
+    assert device == "cpu" or len(parts) <= 1
 
 
 def test_bfloat16_gradients_are_close() -> None:

@@ -1,4 +1,6 @@
-"""Recovery on tiny models: what it learns, what it leaves on the disk, and how it goes on after an interrupt."""
+"""Recovery on tiny models: what it learns, what it leaves on the disk, and how it goes on after an interrupt.
+
+On a machine with a CUDA device all of it runs there: `recover` takes the device that `accelerate` finds."""
 
 from __future__ import annotations
 
