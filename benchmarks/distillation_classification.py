@@ -33,6 +33,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
+from pruning_cells import trainer
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.distillation import METHODS
@@ -253,7 +254,7 @@ class Problem:
             (counts[rows] * losses.view(n, -1)).mean(1).sum().backward()
             optimizer.step()
         model.eval()
-        right = torch.zeros(n)
+        right = torch.zeros(n, dtype=torch.float64)
         for start in range(0, len(self.test), 64):
             test = encoder.batch([self.test.text(i) for i in range(start, min(start + 64, len(self.test)))])
             with torch.no_grad():
@@ -272,13 +273,14 @@ def records(texts: Texts) -> list[dict[str, str]]:
 
 def measure(problem: Problem, key: dict[str, Any], seeds: int) -> dict[str, Any]:
     """One cell: every accuracy, by set and seed."""
+    facts = {"trained_on": trainer()} if problem.learner == "minilm" else {}
     if key["method"] == "full":
         everything = np.arange(len(problem.pool))
-        return {"accuracy": [problem.accuracy(everything, np.ones(len(everything)), range(seeds))]}
+        return facts | {"accuracy": [problem.accuracy(everything, np.ones(len(everything)), range(seeds))]}
     start = time.monotonic()
     sets = [problem.chosen(key["method"], key["per_class"], seed) for seed in range(SETS)]
     seconds = (time.monotonic() - start) / SETS
-    return {
+    return facts | {
         "choose_s": round(seconds, 2),
         "accuracy": [problem.accuracy(*each, range(seeds)) for each in sets],
     }

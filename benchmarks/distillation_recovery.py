@@ -84,6 +84,7 @@ class Bench:
             else:
                 shutil.copyfile(args.data / name, self.source / Path(name).name)
         self.student: Path = args.student or self._student()
+        self.identity = Checkpoint(self.student).hash()
 
     def _student(self) -> Path:
         out = self.scratch / "student"
@@ -172,10 +173,10 @@ class Bench:
         return cell
 
 
-def table(record: dict[str, Any], name: str) -> str:
-    """One table of the cells there are, in Markdown: means over seeds."""
+def table(cells: list[Cell], name: str) -> str:
+    """One table of one pruned model's cells, in Markdown: means over seeds."""
     groups: dict[tuple[str, int], list[Cell]] = {}
-    for cell in record["cells"]:
+    for cell in cells:
         if cell["table"] == name and "error" not in cell:
             groups.setdefault((cell["method"], cell["tokens"]), []).append(cell)
     lines = [
@@ -222,19 +223,22 @@ def main() -> None:
         keep_freed_memory()
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as scratch:
             bench = Bench(args, Path(scratch))
-            record |= {"environment": environment(), "student_sha256": Checkpoint(bench.student).hash()}
+            record["environment"] = environment()
             for name in args.tables:
                 for tokens in (count_of(text, "--tokens") for text in args.tokens):
                     for seed in args.seeds:
                         for method in args.methods:
                             add(record, bench, {"table": name, "method": method, "tokens": tokens, "seed": seed})
-    for name in ("recovery", "calibration"):
-        print(f"\n{name}\n\n{table(record, name)}")
+    for student in dict.fromkeys(cell["student_sha256"] for cell in record["cells"]):
+        cells = [cell for cell in record["cells"] if cell["student_sha256"] == student]
+        for name in sorted({cell["table"] for cell in cells}, reverse=True):
+            print(f"\n{name}, pruned model {student[:8]}\n\n{table(cells, name)}")
 
 
 def add(record: dict[str, Any], bench: Bench, key: Cell) -> None:
     """Measure a cell that is not there yet, and write the record."""
-    if any(all(cell[name] == value for name, value in key.items()) for cell in record["cells"]):
+    key = key | {"student_sha256": bench.identity}
+    if any(all(cell.get(name) == value for name, value in key.items()) for cell in record["cells"]):
         return
     if key["table"] == "calibration" and METHODS[key["method"]].student:
         return  # needs a pruned model, which there is none yet
