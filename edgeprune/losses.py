@@ -14,6 +14,7 @@ gradient by the student's logits z, from ∂ log q_i / ∂z_j = [i = j] − q_j,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -110,6 +111,13 @@ class Head:
     def blocks(self, n: int, itemsize: int) -> list[slice]:
         """Rows 0 to n in blocks whose logits stay below a fixed size."""
         return _slices(0, n, max(1, _BLOCK_BYTES // (self.weight.shape[0] * itemsize)))
+
+    def distributions(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of hidden states (N, hidden), as many as are held at once, and their distributions (rows, V)."""
+        for block in self.blocks(len(hidden), hidden.element_size()):
+            raw = self.raw(hidden[block])
+            for rows in pieces(block, hidden.device):
+                yield rows, self.probs(raw[rows.start - block.start : rows.stop - block.start])
 
 
 def pieces(block: slice, device: torch.device) -> list[slice]:
@@ -229,10 +237,8 @@ def distillation(
 def divergence(hidden: Tensor, head: Head, labels: Tensor, teacher: TopK) -> tuple[float, float]:
     """Sums over tokens of KL_K and cross-entropy, without gradients; arguments as `distillation`."""
     kl = ce = 0.0
-    for block in head.blocks(len(hidden), hidden.element_size()):
-        for rows in pieces(block, hidden.device):
-            probs = head.probs(head.raw(hidden[rows]))
-            part = TopK(teacher.ids[rows], teacher.probs[rows], teacher.rest[rows])
-            kl += float(bucket_kl(probs, part).sum())
-            ce -= float(probs.gather(-1, labels[rows, None]).clamp_min(torch.finfo(probs.dtype).tiny).log().sum())
+    for rows, probs in head.distributions(hidden):
+        part = TopK(teacher.ids[rows], teacher.probs[rows], teacher.rest[rows])
+        kl += float(bucket_kl(probs, part).sum())
+        ce -= float(probs.gather(-1, labels[rows, None]).clamp_min(torch.finfo(probs.dtype).tiny).log().sum())
     return kl, ce

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from edgeprune.errors import BadInput
 from edgeprune.files import disk_errors, write_json
-from edgeprune.losses import TopK, pieces, top_k
+from edgeprune.losses import TopK, top_k
 from edgeprune.packing import Windows
 from edgeprune.training import Decoder
 
@@ -136,12 +136,11 @@ class TeacherCache:
         ids = self._windows.ids[indices, :-1].to(teacher.device)  # (B, length)
         hidden = teacher.hidden(ids)  # (B · length, hidden)
         kept, probs, rest = [], [], []
-        for block in teacher.head.blocks(len(hidden), hidden.element_size()):
-            for rows in pieces(block, hidden.device):
-                part = top_k(teacher.head.probs(teacher.head.raw(hidden[rows])), self._k)
-                kept.append(part.ids.cpu())
-                probs.append(part.probs.cpu())
-                rest.append(part.rest.cpu())
+        for _, distributions in teacher.head.distributions(hidden):
+            part = top_k(distributions, self._k)
+            kept.append(part.ids.cpu())
+            probs.append(part.probs.cpu())
+            rest.append(part.rest.cpu())
         records["ids"] = torch.cat(kept).view(len(indices), length, self._k).numpy()
         records["probs"] = torch.cat(probs).view(len(indices), length, self._k).numpy()
         records["rest"] = torch.cat(rest).view(len(indices), length).numpy()
