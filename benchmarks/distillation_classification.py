@@ -25,7 +25,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -235,8 +234,8 @@ class Problem:
         optimizer = torch.optim.AdamW(trained, lr=RATES[self.learner], weight_decay=0.01)
 
         def said(body: Any, top: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            run = partial(torch.func.functional_call, model, (body, buffers), ())
-            pooled = encoder.pooled(lambda **inputs: run(inputs), ids, mask)
+            call = torch.func.functional_call
+            pooled = encoder.pooled(lambda **inputs: call(model, (body, buffers), (), inputs), ids, mask)
             return torch.nn.functional.linear(pooled, top["weight"], top["bias"])
 
         batch = encoder.batch([self.pool.text(int(i)) for i in taken])
