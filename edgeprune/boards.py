@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from edgeprune.cores import available_cores
 from edgeprune.devices import read_toml
 from edgeprune.errors import BadInput, unknown
 from edgeprune.files import config_dir
@@ -121,7 +121,7 @@ def place(board: str | BoardEntry | None, threads: int | None = None) -> Place:
         StageFailed: it cannot be reached, or is not set up.
     """
     if board is None:
-        return Place(run_isolated, threads or os.cpu_count() or 1)
+        return Place(run_isolated, threads or available_cores())
     entry = find_board(board) if isinstance(board, str) else board
     link = Link(entry.board())
     told = link.agent("hello")

@@ -30,6 +30,7 @@ from edgeprune.cli_recover import duration, recover
 from edgeprune.cli_ship import To, report, ship, targets_of, verify
 from edgeprune.cli_talk import chat, serve
 from edgeprune.cli_vocabulary import vocabulary
+from edgeprune.cores import available_cores
 from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, missing_extra
 from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
 
@@ -50,7 +51,7 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write."
 
 
 def _threads(threads: int | None) -> int:
-    return threads or os.cpu_count() or 1
+    return threads or available_cores()
 
 
 @app.command()
@@ -345,6 +346,7 @@ def keep_interrupts() -> None:
 def main() -> None:
     """Run the command line and exit with the code that its outcome has."""
     _quiet_libraries()
+    os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))  # a container's quota is unknown to OpenMP
     keep_interrupts()
     try:
         app()

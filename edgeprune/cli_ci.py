@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from edgeprune.cli_look import AsJson
-from edgeprune.cli_measure import Gate, Threads, cores
+from edgeprune.cli_measure import Gate, Threads
+from edgeprune.cores import available_cores
 from edgeprune.output import Stages, console, print_json, print_table
 
 REGRESSION = 1  # exit code
@@ -48,7 +49,7 @@ def ci(
             suite.parent,
             baseline=baseline,
             baseline_python=baseline_python,
-            threads=threads or cores(),
+            threads=threads or available_cores(),
             gate_s=GATE_S if gate else None,
             progress=stages,
         )

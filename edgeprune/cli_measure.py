@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from edgeprune.cli_look import AsJson
 from edgeprune.cli_recover import duration
+from edgeprune.cores import available_cores
 from edgeprune.errors import BadInput
 from edgeprune.output import Stages, console, print_json, print_table
 
@@ -37,11 +37,6 @@ BoardName = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the runtime: flash_attn=off, n_ubatch=128 …")
 ]
-
-
-def cores() -> int:
-    """Threads where none are asked for."""
-    return os.cpu_count() or 1
 
 
 def counts_of(text: str | None) -> list[int]:
@@ -157,7 +152,7 @@ def compare(
     from edgeprune.runtimes.racing import compare as run_compare
     from edgeprune.runtimes.settings import parse
 
-    count = threads or cores()
+    count = threads or available_cores()
     with Stages() as stages:
         found = run_compare(
             Arm(first, count, parse(settings or [])),
@@ -198,7 +193,7 @@ def tune(
     with Stages() as stages:
         found = run_tune(
             path,
-            threads=counts_of(threads) or thread_counts(cores()),
+            threads=counts_of(threads) or thread_counts(available_cores()),
             lossy=[name.strip() for name in lossy.split(",")] if lossy else (),
             rounds=rounds,
             gate_s=GATE_S if gate else None,

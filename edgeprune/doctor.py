@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from edgeprune import files, host
+from edgeprune.cores import available_cores
 from edgeprune.errors import EdgepruneError
 from edgeprune.recognise import recognise
 
@@ -173,7 +174,7 @@ def check_runtimes() -> list[Check]:
 def check_machine() -> list[Check]:
     """What this machine is recognised as, its cores, extensions and memory. Nothing is measured."""
     try:
-        cores, memory = host.available_cores(), host.available_memory()
+        cores, memory = available_cores(), host.available_memory()
         found = recognise(host.gather(), logical_cores=cores)
     except (EdgepruneError, OSError, ValueError) as error:
         return [Check("this machine", None, f"cannot be read: {error}")]

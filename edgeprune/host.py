@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ import numpy as np
 import psutil
 
 from edgeprune import files
+from edgeprune.cores import available_cores
 from edgeprune.devices import DeviceProfile, Figure, PositiveFigure, load_profile, read_profile
 from edgeprune.errors import BadInput
 from edgeprune.host_gpu import find_gpu, with_gpu
@@ -80,22 +79,6 @@ def gather() -> Texts:
         brand=_windows_brand() or platform.processor(),
         power_mode=_read("/var/lib/nvpmodel/status"),
     )
-
-
-def quota_cores(cpu_max: str) -> int | None:
-    """Whole processors that a control group's `cpu.max` ("quota period", microseconds) allows; None without limit."""
-    found = re.fullmatch(r"(\d{1,12}) (\d{1,12})\s*", cpu_max)
-    if found is None or not int(found[1]) or not int(found[2]):
-        return None
-    return max(1, -(-int(found[1]) // int(found[2])))
-
-
-def available_cores() -> int:
-    """Physical cores that this process may run on: fewer than the machine's in a container or under taskset."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
-    quota = quota_cores(_read("/sys/fs/cgroup/cpu.max")) or allowed
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed, quota))
 
 
 def available_memory() -> int:

@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeprune import doctor, files, host
+from edgeprune.cores import available_cores, quota_cores
 from edgeprune.devices import Figure, load_profile
 from edgeprune.errors import BadInput
+from edgeprune.fitting import FitOptions
 from edgeprune.recognise import Host, Texts, recognise
 
 
@@ -121,10 +123,20 @@ def test_any_text_is_recognised_as_something(cpuinfo: str, compatible: str, bran
 
 
 def test_a_control_groups_share_of_processors() -> None:
-    assert host.quota_cores("150000 100000\n") == 2
-    assert host.quota_cores("50000 100000") == 1
+    assert quota_cores("150000 100000\n") == 2
+    assert quota_cores("50000 100000") == 1
     for text in ("max 100000", "", "0 0", "x y z"):
-        assert host.quota_cores(text) is None
+        assert quota_cores(text) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such call here")
+def test_as_many_threads_as_cores_are_allowed() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert (available_cores(), FitOptions().threads) == (1, 1)
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_read_bandwidth_measures_something() -> None:

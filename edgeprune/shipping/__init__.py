@@ -6,11 +6,11 @@ A new target is one module with a function `write(job)` and one entry in `TARGET
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeprune.cores import available_cores
 from edgeprune.errors import unknown
 from edgeprune.files import atomic_folder, write_text
 from edgeprune.samples import prompts_for
@@ -99,7 +99,7 @@ def ship(
     opened = Run.open(Path(run), model)
     bundle = opened.bundle(target.runtime)
     out = Path(out) if out is not None else opened.folder / FOLDER / name
-    threads = threads or os.cpu_count() or 1
+    threads = threads or available_cores()
     with atomic_folder(out) as temporary:
         wanted = tuple(word.strip() for word in options.split(",") if word.strip())
         job = Job(opened, bundle, temporary, wanted, threads, say)
@@ -154,5 +154,5 @@ def verify(bundle: str | Path, *, threads: int | None = None, say: Say | None = 
     for proof in read_proofs(folder):
         if say:
             say(f"loading {proof.path} in {proof.runtime}")
-        verdicts.append(check(folder, proof, threads or os.cpu_count() or 1))
+        verdicts.append(check(folder, proof, threads or available_cores()))
     return Verification((), tuple(verdicts))
