@@ -57,8 +57,9 @@ docs: install-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html"
 
+# A worker a core, whole files each: fixtures of a file are made once.
 test: install-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m slow

@@ -8,6 +8,13 @@ import shutil
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are imported
 
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Each worker has cores of its own: two that both use all wait for each other longer than they compute.
+    mine, workers = os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"), os.environ["PYTEST_XDIST_WORKER_COUNT"]
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[int(mine) :: int(workers)] or cores)
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # for tests that ask for more threads than that
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +25,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.cores import available_cores
 from edgeprune.devices import Budget, load_profile
 from edgeprune.fetch import demo_model
 from edgeprune.fitting import fit
@@ -25,7 +33,7 @@ from edgeprune.models import Model, load
 from edgeprune.proposal import propose
 from edgeprune.targets import target_for
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, available_cores()))
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4)  # tried by fits in tests
 
