@@ -185,11 +185,26 @@ def text_set(
     return take(model, texts, source, count=count, length=length)
 
 
-def self_generated(model: Model, *, count: int, length: int, seed: int, progress: Progress | None = None) -> TextSet:
-    """Texts the model samples from random first words, the low-perplexity ones of them; cached by model and seed."""
-    key = hashlib.sha256(
-        json.dumps([SCHEMA_VERSION, model.hash, count, length, seed, _PREFIX_TOKENS, _SURPLUS]).encode()
-    ).hexdigest()[:24]
+def self_generated(
+    model: Model,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    seconds: float | None = None,
+    progress: Progress | None = None,
+) -> TextSet:
+    """Texts the model samples from random first words, the low-perplexity ones of them; cached by model and seed.
+
+    Args:
+        count: of texts; the most, where `seconds` are given.
+        length: of each, in tokens.
+        seconds: about as long may the writing take.
+    """
+    depends = [SCHEMA_VERSION, model.hash, count, length, seed, _PREFIX_TOKENS, _SURPLUS]
+    if seconds is not None:
+        depends.append(seconds)
+    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]
     path = cache_dir() / "texts" / f"{key}.json"
     source = f"{SELF_GENERATED} (seed {seed})"
     if path.exists():
@@ -209,9 +224,9 @@ def self_generated(model: Model, *, count: int, length: int, seed: int, progress
         return found
 
     partial = path.with_suffix(".partial.json")
-    written = in_batches(partial, round(count * _SURPLUS), generator, write, progress)
+    written = in_batches(partial, round(count * _SURPLUS), generator, write, progress, seconds=seconds)
     written.sort(key=lambda pair: pair[0])
-    ids = tuple(torch.tensor(piece) for _, piece in written[:count])
+    ids = tuple(torch.tensor(piece) for _, piece in written[: round(len(written) / _SURPLUS)])
     write_json(path, {"schema_version": SCHEMA_VERSION, "source": source, "ids": [piece.tolist() for piece in ids]})
     partial.unlink(missing_ok=True)
     return _text_set(model, ids, source)

@@ -18,7 +18,8 @@ from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, tokenizer_hash
 from edgeprune.vocabulary_surgery import prune_vocabulary
 
 _OWN_LENGTH = 512  # tokens of a text that the teacher writes itself
-_OWN_PER_SECOND = 80  # tokens it writes for each second of training: about a fifth of the time on two cores
+_OWN_TEXTS = 2048  # the most that it writes
+_OWN_SHARE = 0.2  # of the time, for writing
 _SAMPLE = 20_000  # characters on which two tokenizers must agree
 
 Progress = Callable[[str, int, int], None]
@@ -100,12 +101,14 @@ def check_length(student: Path, teacher: Path, length: int) -> None:
 
 
 def own_text(teacher: Path, seconds: float, seed: int, say: Progress) -> tuple[str, ...]:
-    """Text that the teacher writes, as much as a fifth of the time allows on two cores; it is cached."""
-    count = min(2048, max(32, round(_OWN_PER_SECOND * seconds / _OWN_LENGTH)))
+    """Text that the teacher writes, as much as it can in a fifth of the time; it is cached."""
     model = load(teacher)
     length = min(_OWN_LENGTH, int(Checkpoint(teacher).config.get("max_position_embeddings", _OWN_LENGTH)))
 
     def progress(done: int, total: int) -> None:
         say("writing text", done, total)
 
-    return self_generated(model, count=count, length=length, seed=seed, progress=progress).texts
+    found = self_generated(
+        model, count=_OWN_TEXTS, length=length, seed=seed, seconds=_OWN_SHARE * seconds, progress=progress
+    )
+    return found.texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,13 @@ Progress = Callable[[int, int], None]
 
 
 def in_batches(
-    path: Path, wanted: int, generator: torch.Generator, write: Callable[[int], list[Item]], progress: Progress | None
+    path: Path,
+    wanted: int,
+    generator: torch.Generator,
+    write: Callable[[int], list[Item]],
+    progress: Progress | None,
+    *,
+    seconds: float | None = None,
 ) -> list[Item]:
     """`wanted` items, `ROWS` at a time, kept in `path`: a run that was interrupted goes on, to the same items.
 
@@ -28,15 +35,20 @@ def in_batches(
         generator: all that is random in `write`.
         write: makes so many items, which JSON can hold.
         progress: told (written, wanted) after each batch.
+        seconds: where writing would take longer than this, there are fewer items, but those of one batch at least.
     """
     written: list[Item] = []
     if path.exists():
         kept = read_json(path)
         written = kept["written"]
         generator.set_state(torch.frombuffer(bytearray.fromhex(kept["generator"]), dtype=torch.uint8))
+    began, before, most = time.monotonic(), len(written), wanted
     while len(written) < wanted:
         written += write(min(ROWS, wanted - len(written)))
         write_json(path, {"generator": bytes(generator.get_state().tolist()).hex(), "written": written})
+        if seconds is not None:  # as many whole batches as go into it at this pace
+            each = (time.monotonic() - began) / (len(written) - before)
+            wanted = min(most, max(len(written), before + int(seconds / each) // ROWS * ROWS))
         if progress:
             progress(min(len(written), wanted), wanted)
     return written[:wanted]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -48,6 +49,20 @@ def test_own_text_goes_on_where_it_was_interrupted(
     assert self_generated(tiny, count=4, length=24, seed=7, progress=lambda n, _: done.append(n)).hash == whole.hash
     assert done == [2, 4, 6]
     assert not list(cache_dir().rglob("*.partial.json"))
+
+
+def test_own_text_ends_with_the_time(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.writing.ROWS", 3)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("edgeprune.writing.time", SimpleNamespace(monotonic=lambda: next(clock)))  # ten seconds a batch
+    told: list[tuple[int, int]] = []
+    some = self_generated(tiny, count=40, length=24, seed=8, seconds=45, progress=lambda *both: told.append(both))
+    assert told == [(3, 12), (6, 12), (9, 12), (12, 12)] and len(some.ids) == 8
+    one = self_generated(tiny, count=40, length=24, seed=8, seconds=1)
+    assert len(one.ids) == 2, "a batch there is always"
+    assert self_generated(tiny, count=4, length=24, seed=8, seconds=900).hash == (
+        self_generated(tiny, count=4, length=24, seed=8).hash
+    ), "no more than was asked for"
 
 
 def test_own_text_keeps_the_low_perplexity_part(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
