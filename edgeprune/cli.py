@@ -30,7 +30,7 @@ from edgeprune.cli_recover import duration, recover
 from edgeprune.cli_ship import To, report, ship, targets_of, verify
 from edgeprune.cli_talk import chat, serve
 from edgeprune.cli_vocabulary import vocabulary
-from edgeprune.cores import available_cores
+from edgeprune.cores import available_cores, container_quota
 from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, missing_extra
 from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
 
@@ -48,10 +48,6 @@ Model = Annotated[
     typer.Option("--model", "-m", help="Hub id, folder, .gguf file, or a demo: demo, gemma3-270m.", metavar="MODEL"),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
-
-
-def _threads(threads: int | None) -> int:
-    return threads or available_cores()
 
 
 @app.command()
@@ -154,7 +150,7 @@ def fit(
         "resume": resume,
         "seed": seed,
         "targets": _targets(quant, runtime),
-        "threads": _threads(threads),
+        "threads": threads or available_cores(),
         "gate_s": GATE_S if gate else None,
         "board": board,
         "tune": tune,
@@ -291,7 +287,7 @@ def export(
             elif calibration:
                 raise BadInput(f"{quant} needs no text", where="--calibration", remedy="leave it out")
             stages(f"writing {target.quantisation}", 0, 0)
-            target.format.export(folder, out, target.quantisation, Path(scratch), _threads(threads))
+            target.format.export(folder, out, target.quantisation, Path(scratch), threads or available_cores())
     console.print(f"written to {out} ({look(out).file_bytes / (1 << 20):.1f} MiB)", soft_wrap=True)
 
 
@@ -346,7 +342,8 @@ def keep_interrupts() -> None:
 def main() -> None:
     """Run the command line and exit with the code that its outcome has."""
     _quiet_libraries()
-    os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))  # a container's quota is unknown to OpenMP
+    if container_quota():  # unknown to OpenMP, which sees to the rest by itself
+        os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
     keep_interrupts()
     try:
         app()

@@ -15,17 +15,21 @@ def quota_cores(cpu_max: str) -> int | None:
     return max(1, -(-int(found[1]) // int(found[2])))
 
 
+def container_quota() -> int | None:
+    """Whole processors that this process's control group allows; None without limit, or without control groups (v2)."""
+    try:
+        return quota_cores(Path("/sys/fs/cgroup/cpu.max").read_text())
+    except OSError:
+        return None
+
+
 def available_cores() -> int:
     """Physical cores that this process may run on: the threads of every command that is given no number.
 
     A second thread on the same core, or more threads than a control group lets run, makes decoding slower, not faster.
     """
-    import psutil
+    import psutil  # not before: main() only asks for the quota, and this takes 30 ms
 
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
-    try:
-        quota = quota_cores(Path("/sys/fs/cgroup/cpu.max").read_text())
-    except OSError:  # no control groups, or not of the second version
-        quota = None
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed, quota or allowed))
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed, container_quota() or allowed))
