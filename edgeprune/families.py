@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from edgeprune.errors import unknown
@@ -90,25 +91,25 @@ class Family:
         """Whether the MLP is down(activation(gate(x)) * up(x)); else it is down(activation(up(x)))."""
         return self.gate is not None or self.gate_up is not None
 
-    @property
+    @cached_property
     def attention_inputs(self) -> tuple[str, ...]:
         """Roles whose rows, one after the other, are query, key and value."""
         return ("qkv",) if self.qkv else ("query", "key", "value")
 
-    @property
+    @cached_property
     def mlp_inputs(self) -> tuple[str, ...]:
         """Roles whose rows, one after the other, are gate (where there is one) and up."""
         if self.gate_up:
             return ("gate_up",)
         return ("gate", "up") if self.gate else ("up",)
 
-    @property
+    @cached_property
     def hidden_norms(self) -> tuple[str, ...]:
         """Roles of the norms of a layer that are as wide as the hidden state."""
         every = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
         return tuple(role for role in every if getattr(self, role))
 
-    @property
+    @cached_property
     def head_norms(self) -> tuple[str, ...]:
         """Roles of the norms of a layer that are as wide as a head."""
         return tuple(role for role in ("query_norm", "key_norm") if getattr(self, role))

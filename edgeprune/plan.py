@@ -155,7 +155,7 @@ def keep_all(shape: ModelShape, *, model_hash: str = "", text_hash: str = "") ->
 def top(scores: Array, keep: int) -> tuple[int, ...]:
     """Indices of the `keep` largest scores, ascending; of equal ones the first stay."""
     order = np.argsort(-scores, kind="stable")
-    return tuple(sorted(int(i) for i in order[:keep]))
+    return tuple(np.sort(order[:keep]).tolist())
 
 
 def keep_heads(scores: Array, dense: LayerShape, left: LayerShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -240,16 +240,19 @@ def uniform_plan(
     share = to_remove * count / blocks  # of each layer's heads and neurons
     per_neuron = shape.mlp_parameters(LayerShape(1, 1, 2)) - shape.mlp_parameters(LayerShape(1, 1, 1))
 
-    def rank(left: LayerShape) -> tuple[float, float, float]:
-        """How good a choice of widths is: within a step of the ratio, then equal shares, then importance kept."""
+    def missed(left: LayerShape) -> tuple[float, float]:
+        """How far a choice of widths is from the ratio, beyond a step, and from equal shares."""
         removed = (shape.parameters - shape.with_layers((left,) * count).parameters) / count
         steps_missed = abs(removed - to_remove) / (per_neuron * align)
         imbalance = abs((1 - left.heads / dense.heads) - share)
-        lost = sum(
+        return (steps_missed if steps_missed > 1.0 else 0.0, round(imbalance, 9))
+
+    def lost(left: LayerShape) -> float:
+        """Importance that a choice of widths loses, summed over the layers."""
+        return sum(
             _lost(h, keep_heads(h, dense, left)[1]) + _lost(n, top(n, left.neurons))
             for h, n in zip(head_scores, neuron_scores, strict=True)
         )
-        return (steps_missed if steps_missed > 1.0 else 0.0, round(imbalance, 9), lost)
 
     options = []
     for heads, kv_heads in head_options(dense) if scope == "both" else [(dense.heads, dense.kv_heads)]:
@@ -257,8 +260,9 @@ def uniform_plan(
         exact = dense.neurons - (to_remove - saved) / per_neuron
         aligned = min(max(round(exact / align), 1), dense.neurons // align) * align
         options.append(LayerShape(heads, kv_heads, dense.neurons if exact >= dense.neurons else aligned))
-    left = min(options, key=rank)
-    if rank(left)[0]:
+    least = min(missed(left) for left in options)
+    left = min((left for left in options if missed(left) == least), key=lost)
+    if least[0]:
         nearest = 1 - shape.with_layers((left,) * count).parameters / shape.parameters
         raise BadInput(
             f"ratio {ratio:.3f} is out of reach: heads and neurons leave in steps",

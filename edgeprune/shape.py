@@ -63,6 +63,10 @@ class ModelShape:
     attention_soft_cap: float | None = None  # c: c·tanh(x/c) of q·k, scaled, before the softmax
     logit_soft_cap: float | None = None  # the same of the logits
 
+    def __hash__(self) -> int:
+        """Of what tells shapes apart: `rope_scaling` has none."""
+        return hash((self.family.name, self.vocab, self.hidden, self.layers))
+
     @property
     def rotary_dim(self) -> int:
         """Leading values of each head that the rotary embedding turns."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from edgeprune.errors import BadInput
 from edgeprune.export.gguf_deci import DECI, file_layers, is_filler
@@ -151,7 +152,8 @@ def paired_heads(tensor: str, shape: ModelShape) -> int:
     return {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(role, 0)
 
 
-def tensors(shape: ModelShape) -> list[Tensor]:
+@lru_cache(maxsize=8)  # a search asks for a shape's in every format
+def tensors(shape: ModelShape) -> tuple[Tensor, ...]:
     """The tensors of a model's GGUF file, in the order the writer puts them.
 
     Biases are those the shape speaks of; `rope_freqs` is there for llama3's rotary scaling. A part that a layer lacks
@@ -197,7 +199,7 @@ def tensors(shape: ModelShape) -> list[Tensor]:
     put("output_norm", (hidden,), bias=family.norm == "layer")
     if not shape.tied or arch in OWN_HEAD:
         put("output", (shape.vocab, hidden), bias=shape.head_bias)
-    return found
+    return tuple(found)
 
 
 def source(tensor: str, shape: ModelShape) -> Source:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from edgeprune.errors import BadInput, unknown
 from edgeprune.export.gguf_layout import Tensor, architecture, tensors
@@ -203,6 +204,11 @@ def _wanted(every: Sequence[Tensor], traits: Traits, wish: Recipe) -> dict[str, 
     return {tensor.name: wanted[tensor.name] for tensor in every}
 
 
+@lru_cache(maxsize=32)  # what a format costs and what it falls back to ask for the same, of the dense model too
+def _wanted_by(shape: ModelShape, wish: Recipe) -> Mapping[str, str]:
+    return _wanted(tensors(shape), _traits(shape), wish)
+
+
 def _fitting_type(wanted: str, row: int) -> str:
     if row % BLOCKS[wanted][0] == 0:
         return wanted
@@ -230,7 +236,8 @@ def tensor_types(shape: ModelShape, kind: str | Recipe) -> dict[str, str]:
     Raises:
         BadInput: an unknown `kind`, or as `types_of`.
     """
-    return types_of(tensors(shape), _traits(shape), _as_recipe(kind))
+    wanted = _wanted_by(shape, _as_recipe(kind))
+    return {tensor.name: _fitting_type(wanted[tensor.name], tensor.shape[-1]) for tensor in tensors(shape)}
 
 
 def needing_imatrix(shape: ModelShape, kind: str | Recipe) -> list[str]:
@@ -262,7 +269,7 @@ def fallbacks(shape: ModelShape, kind: str | Recipe) -> list[str]:
         BadInput: as `tensor_types`.
     """
     every = tensors(shape)
-    wanted = _wanted(every, _traits(shape), _as_recipe(kind))
+    wanted = _wanted_by(shape, _as_recipe(kind))
     found: Counter[tuple[str, int, str, str]] = Counter()
     for tensor in every:
         given = _fitting_type(wanted[tensor.name], tensor.shape[-1])

@@ -147,7 +147,7 @@ def _put(writer: gguf.GGUFWriter, values: Mapping[str, Value]) -> None:
 def _listing(checkpoint: Checkpoint) -> list[Tensor]:
     """The tensors to write, each found in the checkpoint with the shape it must have, and none left over."""
     shape = checkpoint.shape
-    listing = tensors(shape)
+    listing = list(tensors(shape))
     listed = {tensor.name for tensor in listing}
     for tensor in [tensor for tensor in listing if tensor.name.startswith("blk.") and len(tensor.shape) == 2]:
         # A bias the config does not speak of is still a bias: compensation may add one where there was none.
