@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,16 +163,17 @@ def prepare(
         raise BadInput(
             f"context {budget.context} is more than the model's {shape.max_positions}", remedy="ask for less"
         )
+    dense = tuple(dense_candidates(shape, options.targets, profile, budget))
+    lacking = not all(candidate.fits for candidate in dense)
+    made = (options.limit or LIMIT_OBS) if lacking else 0
+    proposal = Proposal(str(model), shape, profile, budget, dense, dense, plans_to_make=made)
+    if options.method == OBS and proposal.n_feasible:
+        return source, proposal
     limit = options.limit or LIMIT_AMP
-    proposal = propose(str(model), shape, profile, budget, options.targets, ratios=options.ratios, limit=limit)
-    if not proposal.n_feasible and not (options.corpus and fewer_tokens_may_fit(proposal, source, options)):
-        raise nothing_fits(proposal, source, options)
-    if options.method == OBS:
-        dense = tuple(dense_candidates(shape, options.targets, profile, budget))
-        lacking = not all(candidate.fits for candidate in dense)
-        made = (options.limit or LIMIT_OBS) if lacking else 0
-        proposal = replace(proposal, candidates=dense, to_measure=dense, plans_to_make=made)
-    return source, proposal
+    grid = propose(str(model), shape, profile, budget, options.targets, ratios=options.ratios, limit=limit)
+    if not grid.n_feasible and not (options.corpus and fewer_tokens_may_fit(grid, source, options)):
+        raise nothing_fits(grid, source, options)
+    return source, proposal if options.method == OBS else grid
 
 
 def estimate(proposal: Proposal, options: FitOptions) -> float:
@@ -287,13 +288,17 @@ def fit(
         texts=calibration,
         checkpoints=out / CHECKPOINTS,
     )
+
+    def late() -> bool:
+        return settings.max_time_s is not None and time.monotonic() - started > settings.max_time_s
+
     measure = partial(
         measure_all,
         workshop=workshop,
         log=out / "trials.jsonl",
         model_hash=model_hash,
         settings=settings,
-        started=started,
+        late=late,
     )
 
     # Candidates, each exported and measured in its runtime; then the choice.
@@ -301,7 +306,7 @@ def fit(
         proposal = by_scores(proposal, scores, settings)
         trials = measure(proposal, progress=progress)
     else:
-        proposal, trials = by_damage(proposal, source, model_hash, calibration, settings, measure, progress)
+        proposal, trials = by_damage(proposal, source, model_hash, calibration, settings, measure, late, progress)
     fitting = [(candidate, trial) for candidate, trial in trials if candidate.fits]
     winner = choose(fitting, judged_on.nll)
     if winner is not None and settings.recovery_s and not winner[0].dense:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from edgeprune.at_hand import in_gpu_memory, peak_mib
 from edgeprune.candidates import Candidate
 from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import BadInput
@@ -114,6 +115,8 @@ def verdict(chosen: Candidate, trial: Trial, profile: DeviceProfile, budget: Bud
     assert quality is not None
     tg = trial.speed.get("tg128")
     speed = f"measured {tg['median_ts']:.1f}" if tg else f"predicted {chosen.cost.decode_tps}"
+    peak = peak_mib(trial, dedicated=in_gpu_memory(chosen, profile))
+    memory = f"predicted {chosen.cost.memory_mib}" if peak is None else f"measured {peak:.0f}"
     asked = f" (asked {budget.min_tokens_per_s:g})" if budget.min_tokens_per_s else ""
     poor, figures = False, ""
     if isinstance(quality, Quality):
@@ -127,7 +130,6 @@ def verdict(chosen: Candidate, trial: Trial, profile: DeviceProfile, budget: Bud
         over = quality.over_nats
         figures = f"measured loss over dense {over.mean:.3f} ({over.low:.3f}–{over.high:.3f}) nats a dense token"
         poor = over.mean > POOR_LOSS
-    return (
-        f"fits {profile.name}: {chosen}; {speed} tokens/s{asked}, predicted {chosen.cost.memory_mib} MiB; {figures}"
-        + ("; POOR QUALITY: a budget this tight needs recovery, or a larger budget" if poor else "")
+    return f"fits {profile.name}: {chosen}; {speed} tokens/s{asked}, {memory} MiB; {figures}" + (
+        "; POOR QUALITY: a budget this tight needs recovery, or a larger budget" if poor else ""
     )

@@ -156,10 +156,10 @@ def fit_record(
 ) -> dict[str, Any]:
     """The record of a whole run, `fit.json`: everything that was considered, measured and chosen, and on what."""
     proposal, judged_on = result.proposal, result.judged_on
-    trials = {candidate.name: (candidate, trial) for candidate, trial in result.trials}
+    trials = {(c.name, c.plan_hash): (c, trial) for c, trial in result.trials}  # names have rounded shares
     candidates = []
     for proposed in proposal.candidates:
-        candidate, trial = trials.get(proposed.name, (proposed, None))
+        candidate, trial = trials.get((proposed.name, proposed.plan_hash), (proposed, None))
         entry = candidate.to_json()
         if trial is not None:
             entry |= {
@@ -186,7 +186,7 @@ def fit_record(
         "chosen": result.chosen.name,
         "verdict": result.verdict,
         "samples": list(samples),
-        "stopped_early": len(result.trials) < len(proposal.to_measure),
+        "stopped_early": len(result.trials) < len(proposal.to_measure) + proposal.plans_to_make,
         "environment": environment(),
         "commands": {"again": _command(result, options)},
         "seconds": round(seconds, 1),
@@ -238,4 +238,5 @@ def _command(result: FitResult, options: FitOptions) -> str:
         for word in (key, f"{value:g}" if isinstance(value, float) else str(value))
     ]
     words += [word for path in options.corpus for word in ("--corpus", str(path))]
-    return shlex.join(["edgeprune", "fit", *words, *(["--uniform"] if options.uniform else [])])
+    switches = {"--uniform": options.uniform, "--no-gate": options.gate_s is None, "--no-tune": not options.tune}
+    return shlex.join(["edgeprune", "fit", *words, *(switch for switch, given in switches.items() if given)])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.at_hand import in_gpu_memory, peak_mib
 from edgeprune.candidates import Candidate
 from edgeprune.files import atomic_file, write_text
 from edgeprune.judging import distance_interval, has_kl
@@ -124,14 +125,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def measured_table(result: FitResult) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the measured candidates, best quality first; failures last, with their reason.
 
-    Where one has other tokens than the dense model, a column has the one figure that all have, by which the choice is.
+    Speed and memory are the measured ones where the device was at hand, else the predicted. Where one has other tokens
+    than the dense model, a column has the one figure that all have, by which the choice is.
     """
     dense = result.judged_on.nll
     kl = has_kl([trial for _, trial in result.trials])
+    at_hand = any(trial.speed for _, trial in result.trials)
+    kind = "measured" if at_hand else "predicted"
     header = [
         "candidate",
-        "tokens/s, predicted",
-        "memory MiB, predicted",
+        f"tokens/s, {kind}",
+        f"memory MiB, {kind}",
         "size MiB, measured",
         *([] if kl else ["loss over dense, measured"]),
         "KL to dense, measured",
@@ -149,7 +153,10 @@ def measured_table(result: FitResult) -> tuple[list[str], list[list[str]]]:
         name = f"**{candidate}**" if candidate.name == result.chosen.name else str(candidate)
         name += "" if candidate.fits else " (does not fit)"
         size = sum(f["bytes"] for f in trial.files.values()) / (1 << 20)
-        row = [name, str(candidate.cost.decode_tps), str(candidate.cost.memory_mib), f"{size:.1f}" if size else "–"]
+        cost = (str(candidate.cost.decode_tps), str(candidate.cost.memory_mib))
+        if at_hand:
+            cost = _measured_cost(trial, dedicated=in_gpu_memory(candidate, result.proposal.profile))
+        row = [name, *cost, f"{size:.1f}" if size else "–"]
         quality = trial.quality
         if quality is None:
             row.append(f"{trial.status}: {trial.reason}")
@@ -163,6 +170,15 @@ def measured_table(result: FitResult) -> tuple[list[str], list[list[str]]]:
             row += ["–", "–", "–"]
         rows.append([*row, f"{quality.bits_per_byte:.3f}"])
     return header, rows
+
+
+def _measured_cost(trial: Trial, *, dedicated: bool) -> tuple[str, str]:
+    """Tokens/s with their interval, and peak memory in MiB; a dash for what was not measured."""
+    speed, peak = trial.speed.get("tg128"), peak_mib(trial, dedicated=dedicated)
+    return (
+        "–" if speed is None else f"{speed['median_ts']:.1f} ({speed['low_ts']:.1f}–{speed['high_ts']:.1f})",
+        "–" if peak is None else f"{peak:.0f}",
+    )
 
 
 def _interval(of: Interval) -> str:
@@ -198,14 +214,16 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
     proposal, budget = result.proposal, result.proposal.budget
     plot = result.out / PLOT
     write_plot(result.trials, result.chosen, result.judged_on.nll, budget.min_tokens_per_s, proposal.profile.name, plot)
-    dropped = [c for c in proposal.candidates if not c.fits]
+    judged = {(c.name, c.plan_hash): c for c, _ in result.trials}  # by what was measured, where it was
+    candidates = [judged.get((c.name, c.plan_hash), c) for c in proposal.candidates]
+    dropped = [c for c in candidates if not c.fits]
     by_target: dict[str, list[Candidate]] = {}
-    for candidate in proposal.candidates:
+    for candidate in candidates:
         by_target.setdefault(str(candidate.target), []).append(candidate)
     searched = []
     for target, group in by_target.items():
-        fitting = [c for c in group if c.fits]
-        first = str(fitting[0].plan.reached_ratio * 100)[:4] + " %" if fitting else "none"
+        least = min((c.plan.reached_ratio for c in group if c.fits), default=None)
+        first = "none" if least is None else f"{100 * least:.1f} %"
         dense = group[0]
         why = "" if dense.fits else "; ".join(dense.reasons)
         searched.append([target, str(len(group)), first, why])
@@ -225,8 +243,9 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         f"![quality against speed]({PLOT})",
         "## Budget",
         _table(["", "asked", "this has", "kind"], _budget_rows(record)),
-        f"Device: {proposal.profile.description}. Speeds and memory for it are predicted from its profile, with the "
-        "profile's interval; quality is measured on the exported file in its runtime.",
+        f"Device: {proposal.profile.description}. Speeds and memory for it are "
+        + ("measured on it" if measured_here else "predicted from its profile, with the profile's interval")
+        + "; quality is measured on the exported file in its runtime.",
         "## Measured candidates",
         _table(*measured_table(result)),
     ]
@@ -242,8 +261,8 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         ]
     sections += [
         "## What was searched",
-        f"{len(proposal.candidates)} candidates, {len(dropped)} of them predicted not to fit. Of each target the least "
-        "pruned that fits is worth measuring.",
+        f"{len(candidates)} candidates, {len(dropped)} of which do not fit. Of each target the least pruned that fits "
+        "is worth measuring.",
         _table(["target", "candidates", "least pruned that fits", "why dense does not fit"], searched),
         *_vocabulary_section(record),
         "## Data",
@@ -261,7 +280,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         + f"; {record['seconds']:.0f} s.",
     ]
     if result.chosen.notes:
-        sections.insert(2, "Pruning costs these tensors their type: " + "; ".join(result.chosen.notes) + ".")
+        sections.insert(2, "Of its format: " + "; ".join(result.chosen.notes) + ".")
     if record["stopped_early"]:
         sections.insert(2, "Stopped by `--max-time` before every candidate worth measuring was measured.")
     sections += _samples(record)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeprune.at_hand import asked_of_predictions, in_gpu_memory, judge_measured
 from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
 from edgeprune.corpus import corpus
-from edgeprune.devices import Budget
+from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import BadInput, NothingFits
 from edgeprune.files import cache_dir
 from edgeprune.importance import Scores
 from edgeprune.judging import Measured
 from edgeprune.proposal import Proposal, plans, propose
 from edgeprune.pruning import cached_damage, tell_of_vocabulary, vocabulary_damage
-from edgeprune.quality import Quality
-from edgeprune.record import Trial, append_trial, read_trials
+from edgeprune.quality import CrossQuality, Quality
+from edgeprune.record import append_trial, read_trials
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates, pruned_candidates, worth_making
 from edgeprune.vocabulary_damage import VocabularyOption, smaller_sizes
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Pruned candidates made at most: one by scores takes seconds, one by least squares minutes.
 LIMIT_AMP, LIMIT_OBS = 10, 2
+# Times that plans are made anew where the device shows that they miss the budget, or lose more than it needs.
+_CORRECTIONS = 2
 
 Progress = Callable[[str, int, int], None]
 
@@ -95,45 +97,82 @@ def by_damage(
     calibration: TextSet,
     settings: FitOptions,
     measure: Measure,
+    late: Callable[[], bool],
     progress: Progress | None,
 ) -> tuple[Proposal, list[Measured]]:
     """Every rounding of the dense model first; then the least damaged plans for those that do not fit.
 
     What rounding costs is measured on the dense model, what narrowing costs is in the damage table, and their sum tells
     which plans are worth making. With a corpus, fewer tokens are one more way to narrow, measured only now that
-    something has to go.
+    something has to go. Where the device is at hand, plans are for the speed and memory that it showed, and are made
+    anew where their own measurement tells that they miss the budget or could lose clearly less.
     """
     shape, profile, budget = proposal.shape, proposal.profile, proposal.budget
     dense = dense_candidates(shape, settings.targets, profile, budget, model_hash)
-    proposal = replace(proposal, candidates=tuple(dense), to_measure=tuple(dense))
+    to_make = settings.limit or LIMIT_OBS
+    proposal = replace(proposal, candidates=tuple(dense), to_measure=tuple(dense), plans_to_make=0)
     trials = measure(proposal, progress=progress)
     if all(candidate.fits for candidate, _ in trials):
         return proposal, trials
+    if late() and _best(trials) < inf:
+        return replace(proposal, plans_to_make=to_make), trials
     paths = settings.corpus_paths
     tell_of_vocabulary(shape, paths, progress)
     table = cached_damage(source, model_hash, calibration, progress=progress)
     vocabulary: tuple[VocabularyOption, ...] = ()
     if paths:
         vocabulary = vocabulary_damage(source, model_hash, calibration, paths, progress=progress)
-    pruned = pruned_candidates(
-        table,
-        shape,
-        [c for c, _ in trials],
-        profile,
-        budget,
-        uniform=settings.uniform,
-        vocabulary=vocabulary,
-        corpus=corpus(paths).hash if paths else "",
-    )
-    qualities = {str(c.target): t.quality.kl_nats.mean for c, t in trials if isinstance(t.quality, Quality)}
-    best_dense = min(
-        (qualities[str(c.target)] for c, _ in trials if c.fits and str(c.target) in qualities), default=inf
-    )
-    made = worth_making(pruned, qualities, settings.limit or LIMIT_OBS, best_dense=best_dense)
-    proposal = replace(proposal, candidates=(*dense, *pruned), to_measure=(*dense, *made), vocabulary=vocabulary)
-    if not made and best_dense == inf:
+    proposal = replace(proposal, vocabulary=vocabulary)
+    rounding = {str(c.target): t.quality.kl_nats.mean for c, t in trials if isinstance(t.quality, Quality)}
+    latest = trials
+    for _ in range(1 + _CORRECTIONS):
+        asked = {str(c.target): _asked(c, trials, profile, budget) for c, trial in latest if trial.speed}
+        pruned = pruned_candidates(
+            table,
+            shape,
+            [candidate for candidate, _ in latest],
+            profile,
+            budget,
+            asked=asked,
+            uniform=settings.uniform,
+            vocabulary=vocabulary,
+            corpus=corpus(paths).hash if paths else "",
+        )
+        known = {(candidate.target, candidate.plan_hash) for candidate, _ in trials}
+        pruned = [candidate for candidate in pruned if (candidate.target, candidate.plan_hash) not in known]
+        made = worth_making(pruned, rounding, to_make, best=_best(trials))
+        proposal = replace(
+            proposal,
+            candidates=(*proposal.candidates, *(pruned if latest is trials else made)),
+            to_measure=(*proposal.to_measure, *made),
+        )
+        if not made:
+            break
+        latest = measure(replace(proposal, to_measure=tuple(made)), before=trials, progress=progress)
+        trials = trials + latest
+        at_hand = any(trial.speed for _, trial in latest)
+        if not at_hand or (settings.limit and len(trials) - len(dense) >= settings.limit):
+            break
+    if len(trials) == len(dense) and _best(trials) == inf:
         raise nothing_fits(proposal, source, settings)
-    return proposal, trials + measure(replace(proposal, to_measure=tuple(made)), progress=progress)
+    return proposal, trials
+
+
+def _asked(like: Candidate, trials: Sequence[Measured], profile: DeviceProfile, budget: Budget) -> Budget:
+    """What predictions have to meet in the format of `like`, by all that the device showed of it."""
+    seen = [(c, trial) for c, trial in trials if c.target == like.target and trial.speed]
+    return asked_of_predictions(budget, seen, dedicated=in_gpu_memory(like, profile))
+
+
+def _best(trials: Sequence[Measured]) -> float:
+    """The least that a file which fits was measured to lose, nats a dense token; inf if there is none."""
+    losses = [inf]
+    for candidate, trial in trials:
+        if candidate.fits and isinstance(trial.quality, Quality):
+            losses.append(trial.quality.kl_nats.mean)
+        elif candidate.fits and isinstance(trial.quality, CrossQuality):
+            losses.append(trial.quality.over_nats.mean)
+    return min(losses)
 
 
 def recovered(
@@ -161,10 +200,16 @@ def measure_all(
     log: Path,
     model_hash: str,
     settings: FitOptions,
-    started: float,
+    late: Callable[[], bool],
     progress: Progress | None,
+    before: Sequence[Measured] = (),
 ) -> list[Measured]:
-    """Trials of the candidates to measure, each logged when it is finished; known ones are not repeated."""
+    """Trials of the candidates to measure, each logged when it is finished; known ones are not repeated.
+
+    Args:
+        late: whether the time is over: then no further candidate is measured, if one of these fits.
+        before: what was measured earlier, which counts among these.
+    """
     known, shared = ({}, {}) if not settings.resume else (read_trials(log), read_trials(dense_trials()))
     measured: list[Measured] = []
     for candidate in proposal.to_measure:
@@ -174,36 +219,15 @@ def measure_all(
             trial = shared[key]
             append_trial(log, trial)
         if trial is None:
-            late = settings.max_time_s is not None and time.monotonic() - started > settings.max_time_s
-            if late and any(t.quality is not None and c.fits for c, t in measured):
+            if late() and _best((*before, *measured)) < inf:
                 break
             trial = workshop.measure(candidate, key, progress)
             append_trial(log, trial)
             if candidate.dense and trial.status == "ok":
                 append_trial(dense_trials(), trial)
         if trial.speed:  # measured on the device itself: the prediction no longer decides
-            on_gpu = proposal.profile.memory.dedicated and candidate.cost.backend != "cpu"
+            on_gpu = in_gpu_memory(candidate, proposal.profile)
             reasons = judge_measured(trial, proposal.budget, dedicated=on_gpu)
             candidate = replace(candidate, reasons=reasons)
         measured.append((candidate, trial))
     return measured
-
-
-def judge_measured(trial: Trial, budget: Budget, *, dedicated: bool = False) -> tuple[str, ...]:
-    """Limits of the budget that a file broke when it was measured on the device.
-
-    Args:
-        dedicated: memory is that of a GPU; where nothing tells how much of it was taken, that limit is not judged.
-    """
-    reasons = []
-    speed = trial.speed["tg128"]["median_ts"]
-    if budget.min_tokens_per_s is not None and speed < budget.min_tokens_per_s:
-        reasons.append(f"needs {budget.min_tokens_per_s:g} tokens/s, measured {speed:.1f}")
-    which = "peak_gpu_mib" if dedicated else "peak_mib"
-    peaks = [test[which] for test in trial.speed.values() if test[which] is not None]
-    if budget.max_memory_mib is not None and peaks and max(peaks) > budget.max_memory_mib:
-        reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, measured {max(peaks):.0f}")
-    size = sum(file["bytes"] for file in trial.files.values()) / (1 << 20)
-    if budget.max_file_mib is not None and size > budget.max_file_mib:
-        reasons.append(f"file at most {budget.max_file_mib:.4g} MiB, measured {size:.1f}")
-    return tuple(reasons)

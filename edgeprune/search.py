@@ -205,10 +205,11 @@ def dense_candidates(
 def pruned_candidates(
     table: DamageTable,
     shape: ModelShape,
-    dense: Sequence[Candidate],
+    tried: Sequence[Candidate],
     profile: DeviceProfile,
     budget: Budget,
     *,
+    asked: Mapping[str, Budget] | None = None,
     uniform: bool,
     vocabulary: Sequence[VocabularyOption] = (),
     corpus: str = "",
@@ -218,22 +219,29 @@ def pruned_candidates(
     A target that carries no widths of each layer's own, for this family, gets a uniform plan.
 
     Args:
+        tried: the dense model, or earlier plans; of one that fits, only a plan of clearly less damage is made again.
+        asked: name of a target -> what its prediction has to meet, where that is known to differ from `budget`.
         uniform: all layers alike, whatever the target.
         vocabulary: numbers of tokens to choose among; none: all stay.
         corpus: SHA-256 of the text on which the tokens to keep are counted.
     """
     found = []
-    for candidate in dense:
-        if candidate.fits:
+    for candidate in tried:
+        if candidate.fits and candidate.dense:
             continue
+        budget_here = (asked or {}).get(str(candidate.target), budget)
         alike = uniform or not candidate.target.format.per_layer(shape)
         try:
-            plan = best_plan(table, shape, candidate.target, profile, budget, uniform=alike, vocabulary=vocabulary)
+            plan = best_plan(table, shape, candidate.target, profile, budget_here, uniform=alike, vocabulary=vocabulary)
         except NothingFits:
+            continue
+        if plan.reached_ratio == 0:  # the dense model, of which is known that it does not fit
+            continue
+        if candidate.fits and isinstance(candidate.plan, WidthPlan) and plan.damage * _MARGIN > candidate.plan.damage:
             continue
         if plan.vocabulary:
             plan = replace(plan, corpus=corpus)
-        made = candidate_of(plan, shape, candidate.target, profile, budget)
+        made = candidate_of(plan, shape, candidate.target, profile, budget_here)
         if alike and not uniform:
             note = f"all layers alike: {candidate.target.format.name} holds no others of family {shape.family.name}"
             made = replace(made, notes=(note, *made.notes))
@@ -242,24 +250,24 @@ def pruned_candidates(
 
 
 def worth_making(
-    pruned: Sequence[Candidate], rounding: Mapping[str, float], limit: int, *, best_dense: float = float("inf")
+    pruned: Sequence[Candidate], rounding: Mapping[str, float], limit: int, *, best: float = float("inf")
 ) -> list[Candidate]:
     """Which of the pruned candidates to make and measure, at most `limit`, least expected damage first.
 
     Args:
         rounding: name of a target -> measured KL that its rounding alone costs the dense model, nats per token.
         limit: at most so many, but the best of each runtime is among them where it is any good (`HOPELESS`).
-        best_dense: measured KL of the best dense candidate that fits; what is expected to be worse cannot win.
+        best: measured loss of the best candidate that fits; what is expected to be worse cannot win.
     """
 
     def expected(candidate: Candidate) -> float:
         assert isinstance(candidate.plan, WidthPlan)
         return candidate.plan.damage + rounding.get(str(candidate.target), float("inf"))
 
-    ordered = sorted((c for c in pruned if expected(c) < best_dense), key=expected)
+    ordered = sorted((c for c in pruned if expected(c) < best), key=expected)
     chosen = [c for c in ordered[:limit] if expected(c) <= _MARGIN * expected(ordered[0])]
     for runtime in {c.target.runtime for c in ordered} - {c.target.runtime for c in chosen}:
-        best = next(c for c in ordered if c.target.runtime == runtime)
-        if expected(best) < HOPELESS:
-            chosen.append(best)
+        first = next(c for c in ordered if c.target.runtime == runtime)
+        if expected(first) < HOPELESS:
+            chosen.append(first)
     return chosen

@@ -31,6 +31,7 @@ from edgeprune.fetch import demo_model
 from edgeprune.fitting import fit
 from edgeprune.models import Model, load
 from edgeprune.proposal import propose
+from edgeprune.runtimes.records import Record, statistics
 from edgeprune.targets import target_for
 
 torch.set_num_threads(min(2, available_cores()))
@@ -161,6 +162,32 @@ def shorten(patch: pytest.MonkeyPatch, trials: Path) -> None:
 def short_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`fit` on few and short texts, for tests of the way through, not of figures. No test sees another's trials."""
     shorten(monkeypatch, tmp_path / "dense-trials.jsonl")
+
+
+def speed_record(n_prompt: int, n_gen: int, threads: int, seconds: float, peak_mib: float | None = None) -> Record:
+    """A test of `bench` that took so many seconds a token, each time."""
+    names: dict[str, Any] = dict.fromkeys(
+        ("build_number", "model_type", "model_n_params", "n_batch", "n_ubatch", "ttft_ms")
+    )
+    count = n_prompt or n_gen
+    return Record(
+        **names,
+        build_commit="abc",
+        cpu_info="a law",
+        gpu_info="",
+        backends="CPU",
+        model_filename="m",
+        model_size=1,
+        n_threads=threads,
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        n_depth=0,
+        test_time="2026-01-01T00:00:00Z",
+        **statistics([round(1e9 * seconds * count)] * 3, count),
+        load_ms=1.0,
+        peak_mib=peak_mib,
+        runtime="llamacpp",
+    )
 
 
 def speed_between(folder: Path, ratio_fast: float, quantisation: str, context: int) -> Budget:

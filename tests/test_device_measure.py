@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import speed_record
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +22,6 @@ from edgeprune.prediction import predict_file
 from edgeprune.runtimes.bench import BenchResult
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.llamacpp import LlamaCpp
-from edgeprune.runtimes.records import Record, statistics
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.targets import target_for
 
@@ -39,31 +39,6 @@ SHARES = {
 }
 
 
-def record(n_prompt: int, n_gen: int, threads: int, seconds: float) -> Record:
-    """A test that took so many seconds a token, each time."""
-    names: dict[str, Any] = dict.fromkeys(
-        ("build_number", "model_type", "model_n_params", "n_batch", "n_ubatch", "ttft_ms", "peak_mib")
-    )
-    count = n_prompt or n_gen
-    return Record(
-        **names,
-        build_commit="abc",
-        cpu_info="a law",
-        gpu_info="",
-        backends="CPU",
-        model_filename="m",
-        model_size=1,
-        n_threads=threads,
-        n_prompt=n_prompt,
-        n_gen=n_gen,
-        n_depth=0,
-        test_time="2026-01-01T00:00:00Z",
-        **statistics([round(1e9 * seconds * count)] * 3, count),
-        load_ms=1.0,
-        runtime="llamacpp",
-    )
-
-
 def machine(gbs: float, layer_ms: float, best: int = 4) -> Callable[..., BenchResult]:
     """A machine whose tokens take W / (q B) + n c; with fewer than `best` threads B is less, with more a little."""
 
@@ -75,8 +50,8 @@ def machine(gbs: float, layer_ms: float, best: int = 4) -> Callable[..., BenchRe
         kind = path.stem.split("-", 1)[1]
         seconds = read / (gbs * reach * SHARES[kind] * 1e9) + len(file.widths()) * layer_ms / 1e3
         prompt = file.parameters / (60.0 * SHARES[kind] * 1e9)
-        records = [record(n_prompt, 0, threads, prompt)] if n_prompt else []
-        return BenchResult((*records, record(0, n_gen, threads, seconds)), "ok", None, None)
+        records = [speed_record(n_prompt, 0, threads, prompt)] if n_prompt else []
+        return BenchResult((*records, speed_record(0, n_gen, threads, seconds)), "ok", None, None)
 
     return bench
 
@@ -143,7 +118,7 @@ def test_yardsticks_give_bandwidth_and_layers(gbs: float, layer_ms: float, share
     for shape, kind, size in ((WIDE, "Q4_0", 73e6), (SLIM, "Q4_0", 71e6), (WIDE, "Q8_0", 137e6), (SLIM, "Q8_0", 133e6)):
         rate = gbs * (share if kind == "Q8_0" else 1.0) * 1e9
         seconds = size / rate + shape.layers * layer_ms / 1e3
-        points.append(Point(shape, kind, 4, int(size), int(size), [record(0, 8, 4, seconds)]))
+        points.append(Point(shape, kind, 4, int(size), int(size), [speed_record(0, 8, 4, seconds)]))
     rates, found = solve(points)
     assert rates == pytest.approx({"Q4_0": gbs, "Q8_0": gbs * share}, rel=1e-4)
     assert found == pytest.approx(layer_ms, rel=1e-3, abs=1e-4)

@@ -15,6 +15,7 @@ import pytest
 from conftest import RATIOS, SENTENCES, speed_between
 
 import edgeprune
+from edgeprune.at_hand import judge_measured
 from edgeprune.candidates import Candidate, candidate_of, candidates_for, nearest_miss, worth_measuring
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.cost import judge
@@ -29,7 +30,6 @@ from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
 from edgeprune.reference import MeasuredOn
 from edgeprune.report import pareto_front
-from edgeprune.rounds import judge_measured
 from edgeprune.search import worth_making
 from edgeprune.targets import default_targets, target_for
 
@@ -314,7 +314,7 @@ def test_plans_are_made_where_the_least_is_to_be_lost(tiny_folder: Path) -> None
     assert worth_making([bad, fair, good, useless], rounding, 2) == [good, fair]
     other = of("int8", 0.5)
     assert worth_making([bad, fair, good, other], rounding, 2) == [good, fair, other]  # an app may need that runtime
-    assert worth_making([bad, fair, good, other], rounding, 2, best_dense=0.205) == [good]
+    assert worth_making([bad, fair, good, other], rounding, 2, best=0.205) == [good]
     assert worth_making([bad, good], rounding, 2) == [good]  # what is far behind will not come first
     assert worth_making([useless], rounding, 2) == [useless]  # there is nothing else
 
