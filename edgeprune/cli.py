@@ -161,7 +161,8 @@ def fit(
     with Stages() as stages:
         resolve(model, say=stages.say)
     # Not before: importing torch takes seconds, and a slip in an option should not.
-    from edgeprune.fitting import FIT_METHODS, FitOptions, estimate, prepare
+    from edgeprune.estimate import estimate
+    from edgeprune.fitting import FIT_METHODS, FitOptions, prepare
     from edgeprune.fitting import fit as run_fit
     from edgeprune.report import measured_table
 

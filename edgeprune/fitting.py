@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgeprune.boards import Place, place
 from edgeprune.bundle import CHECKPOINTS, Made, write_bundle
 from edgeprune.calibration import licence_of
@@ -22,7 +20,6 @@ from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.cores import available_cores
 from edgeprune.corpus import corpus
-from edgeprune.damage import MEASURED_SHARES
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import cache_dir, read_json, write_json
@@ -31,19 +28,8 @@ from edgeprune.heldout import scripts
 from edgeprune.judging import JudgedOn, Measured, choose, verdict
 from edgeprune.making import Maker
 from edgeprune.models import checkpoint_folder, load, resolve
-from edgeprune.plan import head_options
-from edgeprune.precision import fast_dtype
-from edgeprune.proposal import Proposal, estimated_seconds, propose
-from edgeprune.pruning import (
-    AMP,
-    CALIBRATION_LENGTH,
-    CALIBRATION_TEXTS,
-    JUDGED_TEXTS,
-    JUDGED_WINDOWS,
-    WINDOW,
-    cached_scores,
-    check_corpus,
-)
+from edgeprune.proposal import Proposal, propose
+from edgeprune.pruning import AMP, cached_scores, check_corpus
 from edgeprune.record import Trial, files_of, fit_record
 from edgeprune.reference import load_reference, make_reference
 from edgeprune.report import write_report
@@ -63,7 +49,6 @@ from edgeprune.samples import side_by_side
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates
 from edgeprune.targets import Target, default_targets, target_for
-from edgeprune.vocabulary_damage import SHARES
 from edgeprune.workshop import TIMEOUT_S, Workshop
 
 FIT_METHODS = (OBS, AMP)
@@ -174,30 +159,6 @@ def prepare(
     if not grid.n_feasible and not (options.corpus and fewer_tokens_may_fit(grid, source, options)):
         raise nothing_fits(grid, source, options)
     return source, proposal if options.method == OBS else grid
-
-
-def estimate(proposal: Proposal, options: FitOptions) -> float:
-    """Rough seconds that `fit` takes here with nothing cached."""
-    calibration, held_out = CALIBRATION_TEXTS * CALIBRATION_LENGTH, HELD_OUT_WINDOWS * HELD_OUT_LENGTH
-    written = (calibration if options.calibration is None else 0) + (held_out if options.held_out is None else 0)
-    made = proposal.plans_to_make
-    read = calibration + held_out * (1 + len(proposal.to_measure) + made) + written
-    if made:
-        # The damage table: each option of each half is run from its layer to the end, half of the layers on average.
-        shape = proposal.shape
-        n_options = len(shape.layers) * (len(MEASURED_SHARES) + len(list(head_options(shape.layers[0]))))
-        # The table's second moments and each plan's take another pass, a plan's two streams of hidden states.
-        read += n_options * JUDGED_WINDOWS * WINDOW // 2 + (1 + 2 * made) * calibration
-        if options.corpus:
-            embedding = shape.embedding_parameters / shape.parameters
-            read += (sum(share < embedding for share in SHARES) + 1) * JUDGED_TEXTS * WINDOW
-    return estimated_seconds(
-        proposal.shape,
-        written=written * 3 // 2,
-        read=read,
-        exports=len(proposal.to_measure) + made,
-        quick=fast_dtype() is torch.bfloat16,
-    )
 
 
 def fit(

@@ -146,9 +146,9 @@ def print_proposal(proposal: Proposal, seconds: float) -> None:
             fate = "; may fit, measuring decides"
         errors.print(f"        {escape(str(candidate)):34} {cost}{fate}", soft_wrap=True)
     if proposal.plans_to_make:
-        errors.print(
-            f"        then the plans of least damage for what does not fit; at most {proposal.plans_to_make} are made"
-        )
+        anew = ", and anew where measuring tells that they miss" if profile.at_hand else ""
+        most = f"at most {proposal.plans_to_make} are made{anew}"
+        errors.print(f"        then the plans of least damage for what does not fit; {most}", soft_wrap=True)
     about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
     errors.print(f"time    about {about}, less what earlier runs left in the cache")
 

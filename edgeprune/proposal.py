@@ -1,8 +1,7 @@
-"""What `fit` is about to do: candidates, which of them would be measured, and about how long that takes."""
+"""What `fit` is about to do: candidates, and which of them would be measured."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,28 +87,3 @@ def propose(
     candidates = candidates_for(shape, plan_for, targets, profile, budget, ratios=ratios)
     to_measure = worth_measuring(candidates, limit, at_hand=profile.at_hand)
     return Proposal(name, shape, profile, budget, tuple(candidates), tuple(to_measure))
-
-
-def estimated_seconds(shape: ModelShape, *, written: int, read: int, exports: int, quick: bool) -> float:
-    """Rough seconds that a run takes on this machine, from the rate of its matrix products.
-
-    Args:
-        shape: the dense model.
-        written: tokens of text the model writes, one after the other in each text.
-        read: tokens it reads at once (scores, reference, quality).
-        exports: candidates to export.
-        quick: whether products are in bfloat16, in hardware.
-    """
-    size = 768
-    a = np.ones((size, size), dtype=np.float32)
-    times = []
-    for _ in range(12):  # the first starts the threads, and any may be disturbed: the quickest tells
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    rate = 2 * size**3 / min(times)  # floating-point operations a second
-    # Seen on two machines: a model reads at about half of the large product's rate and writes texts side by side at a
-    # fifth of it, or at 5/6 and a third in bfloat16; an export moves the weights about six times, at some 0.5 GB/s.
-    reading, writing = (1.2, 3.3) if quick else (2.0, 5.0)
-    per_token = 2 * shape.parameters / rate
-    return per_token * (reading * read + writing * written) + exports * 6 * 4 * shape.parameters / 0.5e9

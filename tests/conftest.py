@@ -150,10 +150,10 @@ def demo_gguf() -> Path:
 def shorten(patch: pytest.MonkeyPatch, trials: Path) -> None:
     """Let `fit` take few and short texts; trials of dense models are kept in `trials`."""
     patch.setattr("edgeprune.rounds.dense_trials", lambda: trials)
-    for module in ("edgeprune.fitting", "edgeprune.fit_texts", "edgeprune.pruning"):
+    for module in ("edgeprune.estimate", "edgeprune.fit_texts", "edgeprune.pruning"):
         patch.setattr(f"{module}.CALIBRATION_TEXTS", 4)
         patch.setattr(f"{module}.CALIBRATION_LENGTH", 32)
-    for module in ("edgeprune.fitting", "edgeprune.fit_texts"):
+    for module in ("edgeprune.estimate", "edgeprune.fitting", "edgeprune.fit_texts"):
         patch.setattr(f"{module}.HELD_OUT_WINDOWS", 3)
         patch.setattr(f"{module}.HELD_OUT_LENGTH", 32)
 
