@@ -87,6 +87,11 @@ class Candidate:
             kept += [self.plan.vocabulary, self.plan.corpus]
         return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Tells candidates of one run apart: names have rounded shares."""
+        return self.name, self.plan_hash
+
     def to_json(self) -> dict[str, Any]:
         """The candidate as it stands in the record, without the lists of indices."""
         return {

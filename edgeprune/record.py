@@ -156,10 +156,10 @@ def fit_record(
 ) -> dict[str, Any]:
     """The record of a whole run, `fit.json`: everything that was considered, measured and chosen, and on what."""
     proposal, judged_on = result.proposal, result.judged_on
-    trials = {(c.name, c.plan_hash): (c, trial) for c, trial in result.trials}  # names have rounded shares
+    trials = {c.key: (c, trial) for c, trial in result.trials}
     candidates = []
     for proposed in proposal.candidates:
-        candidate, trial = trials.get((proposed.name, proposed.plan_hash), (proposed, None))
+        candidate, trial = trials.get(proposed.key, (proposed, None))
         entry = candidate.to_json()
         if trial is not None:
             entry |= {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,9 +176,13 @@ def _measured_cost(trial: Trial, *, dedicated: bool) -> tuple[str, str]:
     """Tokens/s with their interval, and peak memory in MiB; a dash for what was not measured."""
     speed, peak = trial.speed.get("tg128"), peak_mib(trial, dedicated=dedicated)
     return (
-        "–" if speed is None else f"{speed['median_ts']:.1f} ({speed['low_ts']:.1f}–{speed['high_ts']:.1f})",
+        "–" if speed is None else _speed(speed),
         "–" if peak is None else f"{peak:.0f}",
     )
+
+
+def _speed(test: Mapping[str, Any]) -> str:
+    return f"{test['median_ts']:.1f} ({test['low_ts']:.1f}–{test['high_ts']:.1f})"
 
 
 def _interval(of: Interval) -> str:
@@ -214,8 +218,8 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
     proposal, budget = result.proposal, result.proposal.budget
     plot = result.out / PLOT
     write_plot(result.trials, result.chosen, result.judged_on.nll, budget.min_tokens_per_s, proposal.profile.name, plot)
-    judged = {(c.name, c.plan_hash): c for c, _ in result.trials}  # by what was measured, where it was
-    candidates = [judged.get((c.name, c.plan_hash), c) for c in proposal.candidates]
+    judged = {c.key: c for c, _ in result.trials}  # by what was measured, where it was
+    candidates = [judged.get(c.key, c) for c in proposal.candidates]
     dropped = [c for c in candidates if not c.fits]
     by_target: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -231,7 +235,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         [
             str(c),
             test,
-            f"{speed['median_ts']:.1f} ({speed['low_ts']:.1f}–{speed['high_ts']:.1f})",
+            _speed(speed),
             f"{speed['peak_mib']:.0f}" if speed["peak_mib"] else "",
         ]
         for c, t in result.trials

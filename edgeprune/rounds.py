@@ -138,8 +138,8 @@ def by_damage(
             vocabulary=vocabulary,
             corpus=corpus(paths).hash if paths else "",
         )
-        known = {(candidate.target, candidate.plan_hash) for candidate, _ in trials}
-        pruned = [candidate for candidate in pruned if (candidate.target, candidate.plan_hash) not in known]
+        known = {candidate.key for candidate, _ in trials}
+        pruned = [candidate for candidate in pruned if candidate.key not in known]
         made = worth_making(pruned, rounding, to_make, best=_best(trials))
         proposal = replace(
             proposal,

@@ -135,6 +135,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("tiny") / "llama")
 
 
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny, but mostly neurons, so that pruning changes its speed; not to be written to."""
+    return save_llama(tmp_path_factory.mktemp("wide") / "llama", intermediate_size=512, max_position_embeddings=512)
+
+
 @pytest.fixture
 def tiny(tiny_folder: Path) -> Model:
     """`tiny_folder`, loaded."""

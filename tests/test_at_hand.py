@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save_llama, speed_record
+from conftest import speed_record
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -27,12 +27,6 @@ from edgeprune.targets import target_for
 pytestmark = pytest.mark.usefixtures("short_fit")
 
 Bench = Callable[..., BenchResult]
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny, but mostly neurons, so that pruning changes its speed."""
-    return save_llama(tmp_path_factory.mktemp("wide") / "llama", intermediate_size=512, max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")

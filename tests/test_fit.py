@@ -42,14 +42,6 @@ def run(folder: Path, out: Path, budget: Budget, **options: Any) -> FitResult:
     return fit(folder, "rpi5", budget, out=out, threads=2, **options)
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny, but mostly neurons, so that pruning changes its predicted speed."""
-    from conftest import save_llama
-
-    return save_llama(tmp_path_factory.mktemp("wide") / "llama", intermediate_size=512, max_position_embeddings=512)
-
-
 def test_the_api_is_importable_and_lazy() -> None:
     assert edgeprune.fit is fit
     assert edgeprune.Budget is Budget
