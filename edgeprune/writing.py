@@ -97,17 +97,74 @@ def continued(
     Returns:
         The texts, (rows, length), and the mean negative log-likelihood of each one's drawn tokens, nats, (rows,).
     """
-    banned = torch.tensor(sorted(set(model.tokenizer.all_special_ids)), dtype=torch.int64)
-    bos, step = bos_of(model.tokenizer), tokens
-    if bos is not None:
-        step = torch.cat([tokens.new_full((len(tokens), 1), bos), tokens], dim=1)
-    cache, written, nlls = cache_for(writer, length + 1), [tokens], []
+    banned = special_ids(model.tokenizer)
+    cache, step, written, nlls = cache_for(writer, length + 1), with_bos(model.tokenizer, tokens), [tokens], []
     with attention(writer, GROUPED):
         for _ in range(length - tokens.shape[1]):
-            logits = writer(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            logits = logits.float()
-            logits[:, banned] = -torch.inf
-            step, nll = sample(logits, generator)
+            step, nll = sample(next_logits(writer, step, cache, banned), generator)
             written.append(step)
             nlls.append(nll)
     return torch.cat(written, dim=1), torch.cat(nlls, dim=1).mean(dim=1)
+
+
+@torch.inference_mode()
+def lines_after(
+    model: Model, writer: Any, prompt: torch.Tensor, rows: int, most: int, generator: torch.Generator
+) -> list[str]:
+    """What the model writes after `prompt` up to the end of the line, `rows` times, sampled as in `continued`.
+
+    The prompt is read once for all, and a line that has ended is written no further.
+
+    Args:
+        prompt: token ids, (length,).
+        most: tokens of a line; a longer one is cut.
+
+    Returns:
+        The lines without space around them; one of space alone is empty.
+    """
+    tokenizer = model.tokenizer
+    special, ends = special_ids(tokenizer), line_ends(tokenizer)
+    cache = cache_for(writer, len(prompt) + 1 + most)
+    lines: list[list[int]] = [[] for _ in range(rows)]
+    writing = list(range(rows))  # the lines that the cache's rows are
+    with attention(writer, GROUPED):
+        logits = next_logits(writer, with_bos(tokenizer, prompt[None]), cache, torch.cat([special, ends]))
+        cache.batch_select_indices(torch.zeros(rows, dtype=torch.int64))
+        logits = logits.expand(rows, -1)
+        for _ in range(most):
+            step, _ = sample(logits, generator)
+            going = ~torch.isin(step[:, 0], ends)
+            if not going.all():
+                stay = going.nonzero()[:, 0]
+                if not len(stay):
+                    break
+                cache.batch_select_indices(stay)
+                step, writing = step[stay], [writing[i] for i in stay.tolist()]
+            for line, token in zip(writing, step[:, 0].tolist(), strict=True):
+                lines[line].append(token)
+            logits = next_logits(writer, step, cache, special)
+    return [tokenizer.decode(line).strip() for line in lines]
+
+
+def special_ids(tokenizer: Any) -> torch.Tensor:
+    """Tokens that no text has, int64."""
+    return torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+
+
+def line_ends(tokenizer: Any) -> torch.Tensor:
+    """Tokens with a line break in them, int64."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return torch.tensor([i for i, text in enumerate(texts) if "\n" in text], dtype=torch.int64)
+
+
+def with_bos(tokenizer: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens, (rows, length), after BOS where the model was never without."""
+    bos = bos_of(tokenizer)
+    return tokens if bos is None else torch.cat([tokens.new_full((len(tokens), 1), bos), tokens], dim=1)
+
+
+def next_logits(writer: Any, tokens: torch.Tensor, cache: Any, banned: torch.Tensor) -> torch.Tensor:
+    """Logits after the next tokens, (rows, length) -> (rows, vocabulary), float32; -inf for what is banned."""
+    logits = writer(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    logits[:, banned] = -torch.inf
+    return torch.as_tensor(logits)

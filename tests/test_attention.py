@@ -9,7 +9,7 @@ import torch
 from family_configs import TINY, tiny_module
 from test_heterogeneous import plan_of
 
-from edgeprune import load_checkpoint
+from edgeprune import load_checkpoint, writing
 from edgeprune.attention import GROUPED, attention, cache_for, set_attention
 from edgeprune.models import Model
 from edgeprune.shape import LayerShape
@@ -69,3 +69,36 @@ def test_the_likelihood_of_what_is_written(tiny: Model) -> None:
     logits[:, :, tiny.tokenizer.all_special_ids] = -torch.inf
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), texts[:, 4:], reduction="none").mean(dim=1)
     assert torch.allclose(nlls.float(), expected, atol=1e-4)
+
+
+def test_lines_are_what_the_model_writes_without_a_cache(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = torch.arange(0, tiny.module.config.vocab_size, 8)  # a line in eight ends at each token
+    monkeypatch.setattr(writing, "line_ends", lambda _: ends)
+    prompt, rows, most = IDS[0, :5], 12, 9
+    found = writing.lines_after(tiny, tiny.module, prompt, rows, most, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    lines: list[list[int]] = [[] for _ in range(rows)]
+    going = list(range(rows))
+    for number in range(most):
+        if not going:
+            break
+        texts = torch.stack([torch.cat([prompt, torch.tensor(lines[i], dtype=torch.int64)]) for i in going])
+        with torch.no_grad():
+            logits = tiny.module(input_ids=texts).logits[:, -1]
+        logits[:, tiny.tokenizer.all_special_ids] = -torch.inf
+        if number == 0:
+            logits[:, ends] = -torch.inf  # no line is empty
+        drawn = writing.sample(logits, generator)[0][:, 0].tolist()
+        for i, token in zip(going, drawn, strict=True):
+            if token % 8:
+                lines[i].append(token)
+        going = [i for i, token in zip(going, drawn, strict=True) if token % 8]
+    assert len({len(line) for line in lines}) > 1 and max(map(len, lines)) > 3
+    assert found == [tiny.tokenizer.decode(line).strip() for line in lines]
+
+
+def test_tokens_that_end_a_line(tiny: Model) -> None:
+    ends = set(writing.line_ends(tiny.tokenizer).tolist())
+    assert ends
+    assert ends & set(tiny.tokenizer("a\nb")["input_ids"])
+    assert not ends & set(tiny.tokenizer("a b, c.")["input_ids"])

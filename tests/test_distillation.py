@@ -406,6 +406,22 @@ def test_a_classifiers_gradients_are_in_the_pools_scale(tiny_folder: Path, label
     assert found.errors.mean() < 0.5
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "phi", "qwen3"])
+def test_layers_apart_say_what_the_whole_model_says(family: str, tmp_path: Path) -> None:
+    model = load_checkpoint(save_tiny(tmp_path / family, family))
+    learner = DecoderLearner(model, 3, depth=2)
+    parameters = learner.start(torch.Generator().manual_seed(0))
+    embeddings, mask = learner.embed(torch.arange(3, 39).view(3, 12)), torch.ones(3, 12)
+    with torch.no_grad():
+        hidden = model.get_decoder()(inputs_embeds=embeddings).last_hidden_state.mean(1)
+        expected = (hidden / hidden.square().mean(-1, keepdim=True).sqrt()) @ parameters["head.weight"].T
+        torch.testing.assert_close(learner.logits(parameters, learner.features(embeddings), mask), expected)
+        for name, value in parameters.items():
+            if name.endswith(("down_proj.weight", "fc2.weight")):
+                value.mul_(2)
+        assert not torch.allclose(learner.logits(parameters, learner.features(embeddings), mask), expected)
+
+
 def test_soft_data_train_the_model_they_were_made_for(tiny_folder: Path, labelled_file: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_folder)
     fields = Fields(("headline",), "label")
@@ -422,7 +438,9 @@ def test_soft_data_train_the_model_they_were_made_for(tiny_folder: Path, labelle
     def loss(parameters: Any) -> float:
         with torch.no_grad():
             return float(
-                torch.nn.functional.cross_entropy(learner.logits(parameters, learner.embed(ids), mask), labels)
+                torch.nn.functional.cross_entropy(
+                    learner.logits(parameters, learner.features(learner.embed(ids)), mask), labels
+                )
             )
 
     generator = torch.Generator().manual_seed(5)

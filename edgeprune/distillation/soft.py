@@ -30,6 +30,7 @@ from edgeprune.files import atomic_file
 from edgeprune.runtimes.pytorch import bos_of, load_model, load_tokenizer
 
 Parameters = dict[str, Tensor]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments of a layer
 
 
 class Learner(Protocol):
@@ -43,8 +44,12 @@ class Learner(Protocol):
         """Embeddings of token ids, (n, length) -> (n, length, hidden)."""
         ...
 
-    def logits(self, parameters: Parameters, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Logits, (n, classes), of embeddings (n, length, hidden) where `mask`, (n, length), is 1."""
+    def features(self, embeddings: Tensor) -> Any:
+        """What the parameters read of embeddings, (n, length, hidden): the same in all steps of training."""
+        ...
+
+    def logits(self, parameters: Parameters, features: Any, mask: Tensor) -> Tensor:
+        """Logits, (n, classes), of features of embeddings where `mask`, (n, length), is 1."""
         ...
 
 
@@ -108,8 +113,9 @@ def _trained(
 ) -> Parameters:
     mask = torch.ones(embeddings.shape[:2])
     unrolled = embeddings.requires_grad or labels.requires_grad
+    features = learner.features(embeddings)
     for _ in range(steps):
-        loss = torch.nn.functional.cross_entropy(learner.logits(parameters, embeddings, mask), labels.softmax(-1))
+        loss = torch.nn.functional.cross_entropy(learner.logits(parameters, features, mask), labels.softmax(-1))
         gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=unrolled)
         parameters = {
             name: value - rate * gradient if unrolled else (value - rate * gradient).detach().requires_grad_()
@@ -156,7 +162,8 @@ def optimise(
         real, mask = padded([texts[int(i)] for i in rows], max(len(texts[int(i)]) for i in rows))
         start = learner.start(generator)
         after = _trained(learner, start, embeddings, soft, log_rate.exp(), settings.inner)
-        loss = torch.nn.functional.cross_entropy(learner.logits(after, learner.embed(real), mask), labels[rows])
+        features = learner.features(learner.embed(real))
+        loss = torch.nn.functional.cross_entropy(learner.logits(after, features, mask), labels[rows])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_([embeddings, soft, log_rate], 1.0)
@@ -208,7 +215,7 @@ class DecoderLearner:
     Args:
         model: of transformers.
         classes: of the texts.
-        depth: last layers that are trained beside the classifier.
+        depth: last layers that are trained beside the classifier, one at least.
     """
 
     def __init__(self, model: Any, classes: int, depth: int = 1) -> None:
@@ -218,27 +225,46 @@ class DecoderLearner:
         self._table = model.get_input_embeddings()
         self._classes, self._hidden = classes, int(model.config.get_text_config().hidden_size)
         family = family_for(model.config.model_type)
-        count = len(model.get_submodule(family.layers))
-        stem = family.layers.rpartition(".")[2]
-        self._trained = tuple(f"{stem}.{index}." for index in range(count - depth, count))
+        layers = model.get_submodule(family.layers)
+        self._layers = {str(i): layers[i] for i in range(len(layers) - depth, len(layers))}
+        self._norm = model.get_submodule(family.final_norm)
 
     def start(self, generator: torch.Generator) -> Parameters:
         """The model's own layers and a small random classifier."""
         weight = 0.02 * torch.randn(self._classes, self._hidden, generator=generator)
         found = {"head.weight": weight, "head.bias": torch.zeros(self._classes)}
-        own = {name: value for name, value in self._body.named_parameters() if name.startswith(self._trained)}
-        return {name: value.detach().clone().requires_grad_() for name, value in (found | own).items()}
+        for index, layer in self._layers.items():
+            found |= {f"{index}.{name}": value for name, value in layer.named_parameters()}
+        return {name: value.detach().clone().requires_grad_() for name, value in found.items()}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding."""
         found: Tensor = self._table(ids)
         return found.detach()
 
-    def logits(self, parameters: Parameters, embeddings: Tensor, mask: Tensor) -> Tensor:
+    def features(self, embeddings: Tensor) -> list[Call]:
+        """What the trained layers are called with; the first call has the hidden states before them all."""
+        calls: list[Call] = []
+        handles = [
+            layer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+            for layer in self._layers.values()
+        ]
+        try:
+            self._body(inputs_embeds=embeddings, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def logits(self, parameters: Parameters, features: list[Call], mask: Tensor) -> Tensor:
         """The classifier on the mean state, each brought to unit mean square."""
-        own = {name: value for name, value in parameters.items() if not name.startswith("head.")}
-        call = {"inputs_embeds": embeddings, "use_cache": False}
-        hidden = functional_call(self._body, own, kwargs=call).last_hidden_state
+        hidden: Tensor = features[0][0][0]
+        for (index, layer), (_, call) in zip(self._layers.items(), features, strict=True):
+            stem = f"{index}."
+            own = {name.removeprefix(stem): value for name, value in parameters.items() if name.startswith(stem)}
+            after = functional_call(layer, own, (hidden,), call)
+            hidden = after[0] if isinstance(after, tuple) else after
+        hidden = self._norm(hidden)
         mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         mean = mean / mean.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
         return torch.nn.functional.linear(mean, parameters["head.weight"], parameters["head.bias"])

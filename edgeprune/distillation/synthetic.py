@@ -28,7 +28,7 @@ from edgeprune.distillation.matching import match
 from edgeprune.distillation.pool import LENGTH, Fields, Pool, Source, make_pool
 from edgeprune.models import Model, load
 from edgeprune.precision import fast_copy, fast_products
-from edgeprune.writing import continued, in_batches
+from edgeprune.writing import continued, in_batches, lines_after
 
 SURPLUS = 2.0  # candidates for each text wanted
 SURPLUS_LABELLED = 6.0  # the same with labels, since a small model often writes for another class than it was shown
@@ -156,10 +156,7 @@ def _candidates(order: Order, model: Model, writer: torch.nn.Module, label: int 
             written, _ = continued(model, writer, begun, LENGTH, generator)
             return [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
         prompt = _prompt(order, model, label, generator)
-        length = prompt.shape[1] + _MOST
-        written, _ = continued(model, writer, prompt.expand(rows, -1), length, generator)
-        said = [model.tokenizer.decode(row[prompt.shape[1] :], skip_special_tokens=True) for row in written]
-        return [line for text in said if (line := text.strip().partition("\n")[0].strip())]
+        return list(filter(None, lines_after(model, writer, prompt, rows, _MOST, generator)))
 
     return in_batches(
         _kept(order, model, label),
@@ -185,13 +182,13 @@ def _beginnings(pool: Pool, rows: int, generator: torch.Generator) -> torch.Tens
 
 
 def _prompt(order: Order, model: Model, label: int, generator: torch.Generator) -> torch.Tensor:
-    """Some texts of a class, one a line, after which the model writes the next: (1, length)."""
+    """Some texts of a class, one a line, after which the model writes the next: ids, (length,)."""
     assert order.pool.labels is not None
     members = (order.pool.labels == label).nonzero()[0]
     shown = members[torch.randperm(len(members), generator=generator)[:_SHOWN]]
     lines = [" ".join(order.pool.text(int(i)).split()) for i in shown]
     text = "".join(f"{order.pool.classes[label]}: {line}\n" for line in lines) + f"{order.pool.classes[label]}:"
-    return torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    return torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @torch.inference_mode()
