@@ -40,10 +40,10 @@ from edgeprune.distillation.distil import distil
 from edgeprune.errors import EdgepruneError
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.files import cache_dir, read_json, write_json
-from edgeprune.layerwise import packed
+from edgeprune.layerwise import Compensation, packed
 from edgeprune.memory import keep_freed_memory
 from edgeprune.models import checkpoint_folder, resolve
-from edgeprune.pruning import COMPENSATION, WINDOW
+from edgeprune.pruning import WINDOW
 from edgeprune.pruning import prune as prune_model
 from edgeprune.quality import evaluate
 from edgeprune.recipe import RECIPES
@@ -137,8 +137,10 @@ class Bench:
         start = time.monotonic()
         widths = Checkpoint(self.student).shape.layers
         windows = packed(ids, min(WINDOW, sum(map(len, ids))))
-        prune_compensated(self.dense, windows, widths, COMPENSATION, out, origin=Origin("obs", RATIO, "", ""))
-        return {"distil_s": seconds, "prune_s": round(time.monotonic() - start, 1)} | self._judged(out)
+        how = Compensation.for_tokens(windows.numel())
+        prune_compensated(self.dense, windows, widths, how, out, origin=Origin("obs", RATIO, "", ""))
+        cell = {"distil_s": seconds, "prune_s": round(time.monotonic() - start, 1), "ridge": how.ridge}
+        return cell | self._judged(out)
 
     def _judged(self, folder: Path) -> Cell:
         """KL and bits per byte of the exported file; tasks where they are asked for."""

@@ -44,7 +44,6 @@ _LEAST_WINDOWS = 8
 JUDGED_TEXTS = 16  # windows of calibration text that vocabularies are judged on; they solve for nothing there
 TABLE_WINDOWS = 48  # for the table's second moments: its differences show with less text than the final weights need
 JUDGED_WINDOWS = 2  # of them are kept from the second moments, to measure the damage table on
-COMPENSATION = Compensation()
 # Of all parameters, from which on a vocabulary is worth a look before layers are narrowed: SmolLM2-135M 21 %, whose
 # tokens cost about as much as its layers; Gemma 3 270M 63 %, half of which costs 0.02 nats of English.
 LARGE_VOCABULARY = 0.25
@@ -90,12 +89,12 @@ def windows_of(texts: TextSet) -> torch.Tensor:
 
 def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Progress | None = None) -> DamageTable:
     """The damage table of the model in `source`, measured once for each pair of model and text."""
-    dtype = fast_dtype()
+    dtype, how = fast_dtype(), Compensation.for_tokens(texts.tokens)
     depends = [
         DAMAGE_SCHEMA,
         model_hash,
         texts.hash,
-        asdict(COMPENSATION),
+        asdict(how),
         str(dtype),
         WINDOW,
         JUDGED_WINDOWS,
@@ -110,7 +109,7 @@ def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Pr
         LayeredModel(Checkpoint(source), dtype=dtype),
         ids[JUDGED_WINDOWS : JUDGED_WINDOWS + TABLE_WINDOWS],
         ids[:JUDGED_WINDOWS],
-        COMPENSATION,
+        how,
         model_hash=model_hash,
         text_hash=texts.hash,
         progress=_stage(progress, "measuring what each layer can lose"),
@@ -321,13 +320,13 @@ def write_pruned(
         BadInput: a corpus or a checkpoint that does not fit, or a full disk.
         StageFailed: calibration text that does not determine the weights.
     """
-    done = _stage(progress, stage)
+    done, how = _stage(progress, stage), Compensation.for_tokens(texts.tokens)
     if tokens is None:
-        return prune_compensated(source, windows_of(texts), widths, COMPENSATION, out, origin=origin, progress=done)
+        return prune_compensated(source, windows_of(texts), widths, how, out, origin=origin, progress=done)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.vocabulary.", dir=out.parent) as scratch:
         small = Path(scratch) / "small"
         with_vocabulary(source, corpus, tokens, small, progress=progress)
         # The layers are solved on text as the new tokens have it, for that is what they will read.
         ids = windows_of(retokenized(texts, load_tokenizer(small)))
-        return prune_compensated(small, ids, widths, COMPENSATION, out, origin=origin, progress=done)
+        return prune_compensated(small, ids, widths, how, out, origin=origin, progress=done)

@@ -67,6 +67,13 @@ def test_compensation_brings_the_streams_together(tmp_path: Path, name: str) -> 
     assert mixed < own < plain
 
 
+def test_the_less_text_the_nearer_to_the_old_weights() -> None:
+    little, much = Compensation.for_tokens(16_384), Compensation.for_tokens(131_072)
+    assert little.ridge == pytest.approx(8 * much.ridge) and much.ridge == pytest.approx(0.01, rel=0.01)
+    assert Compensation.for_tokens(1).ridge == 1.0
+    assert replace(little, ridge=much.ridge) == much
+
+
 def test_nothing_to_remove_changes_nothing(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "dense", "llama")
     layers, streams = pruned(folder, list(Checkpoint(folder).shape.layers), Compensation())

@@ -16,7 +16,7 @@ from edgeprune.compensated import Origin, prune_compensated
 from edgeprune.layerwise import Compensation
 from edgeprune.models import load
 from edgeprune.plan import LayerPlan
-from edgeprune.pruning import COMPENSATION, ENERGY, METHODS, cached_scores, plan_for, windows_of
+from edgeprune.pruning import ENERGY, METHODS, cached_scores, plan_for, windows_of
 from edgeprune.pruning import prune as prune_with
 from edgeprune.recipe import RECIPES, Method
 from edgeprune.recovery import recover
@@ -37,18 +37,22 @@ def energy(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
 
 def amp_solved(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
     """AMP's heads and neurons, with the weights that stay solved by least squares."""
-    return _amp(folder, ratio, calibration, out, COMPENSATION, keep=True)
+    return _amp(folder, ratio, calibration, out, _how(calibration), keep=True)
 
 
 def amp_unweighted(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
     """The same, every token counting alike."""
-    how = Compensation(COMPENSATION.ridge, COMPENSATION.stream, weighted=False)
+    how = replace(_how(calibration), weighted=False)
     return _amp(folder, ratio, calibration, out, how, keep=True)
 
 
 def amp_chosen(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
     """AMP's widths, with heads and neurons chosen by backward elimination and weights by least squares."""
-    return _amp(folder, ratio, calibration, out, COMPENSATION, keep=False)
+    return _amp(folder, ratio, calibration, out, _how(calibration), keep=False)
+
+
+def _how(calibration: TextSet) -> Compensation:
+    return Compensation.for_tokens(calibration.tokens)
 
 
 def _amp(folder: Path, ratio: float, calibration: TextSet, out: Path, how: Compensation, *, keep: bool) -> Path:

@@ -19,8 +19,8 @@ from edgeprune.distillation.base import Basket, Indices, Order, Written
 from edgeprune.distillation.pool import Pool
 from edgeprune.distillation.readings import ModelReadings, Reading
 from edgeprune.errors import BadInput
-from edgeprune.layerwise import packed
-from edgeprune.pruning import COMPENSATION, WINDOW
+from edgeprune.layerwise import Compensation, packed
+from edgeprune.pruning import WINDOW
 from edgeprune.runtimes.pytorch import bos_of, load_tokenizer
 from edgeprune.shape import LayerShape, ModelShape
 
@@ -68,7 +68,8 @@ def _prune(order: Order, chosen: Indices, widths: list[LayerShape], out: Path) -
     """Prune the dense model to `widths`, compensated on the chosen pieces."""
     ids = [torch.from_numpy(order.pool.ids(int(i))) for i in chosen]
     windows = packed(ids, min(WINDOW, sum(map(len, ids))), _bos(order))
-    prune_compensated(order.model, windows, widths, COMPENSATION, out, origin=Origin("best-of", RATIO, "", ""))
+    how, origin = Compensation.for_tokens(windows.numel()), Origin("best-of", RATIO, "", "")
+    prune_compensated(order.model, windows, widths, how, out, origin=origin)
 
 
 def _damage(order: Order, pruned: Path, held_out: Pool) -> float:
