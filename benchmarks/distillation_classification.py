@@ -260,10 +260,10 @@ class Problem:
 
         learner = DecoderLearner(load_model(self._demo), len(self.pool.classes))
         settings = SoftSettings()
-        texts = [each[: 4 * settings.length] for each in ids(self.pool)]
+        texts, test = [each[: 4 * settings.length] for each in ids(self.pool)], ids(self.test)
         read = []
         with torch.no_grad():
-            for part in (ids(self.test)[start : start + 32] for start in range(0, len(self.test), 32)):
+            for part in (test[start : start + 32] for start in range(0, len(test), 32)):
                 rows, mask = padded(part, max(map(len, part)))
                 read.append((learner.features(learner.embed(rows)), mask))
         found = []

@@ -28,7 +28,7 @@ from edgeprune.distillation.matching import match
 from edgeprune.distillation.pool import LENGTH, Fields, Pool, Source, make_pool
 from edgeprune.models import Model, load
 from edgeprune.precision import fast_copy, fast_products
-from edgeprune.writing import continued, in_batches, lines_after
+from edgeprune.writing import continued, in_batches, lines_after, special_ids
 
 SURPLUS = 2.0  # candidates for each text wanted
 SURPLUS_LABELLED = 6.0  # the same with labels, since a small model often writes for another class than it was shown
@@ -199,7 +199,7 @@ def _edit(model: Model, text: str, rng: np.random.Generator) -> str:
         return text
     with fast_products():
         logits = model.module(input_ids=ids[None], use_cache=False).logits[0].float()
-    logits[:, sorted(set(model.tokenizer.all_special_ids))] = -torch.inf
+    logits[:, special_ids(model.tokenizer)] = -torch.inf
     for place in rng.choice(np.arange(1, len(ids)), size=max(1, round(_EDITED * (len(ids) - 1))), replace=False):
         likely = logits[place - 1].topk(min(_ALTERNATIVES, logits.shape[1])).indices
         others = likely[likely != ids[place]]
