@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgeprune.devices import read_toml
 from edgeprune.errors import BadInput
-from edgeprune.files import atomic_folder, read_json, sha256, write_json
+from edgeprune.files import atomic_folder, read_json, result_folder, sha256, write_json
 from edgeprune.record import environment
 from edgeprune.runtimes.bench import GATE_S, cpu_info
 from edgeprune.runtimes.racing import ROUNDS, Arm, Comparison, Speeds, judge, race
@@ -242,9 +242,7 @@ def save_baseline(report: Report, out: Path) -> Path:
     Raises:
         BadInput: the folder cannot be written, or holds something else.
     """
-    if out.exists() and not (out / BASELINE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput("holds something else than a baseline", where=out, remedy="name another folder")
-    with atomic_folder(out) as folder:
+    with atomic_folder(result_folder(out, BASELINE)) as folder:
         record = report.to_json()
         for number, (name, path) in enumerate(report.files.items()):
             kept = folder / f"{number}-{path.name}"

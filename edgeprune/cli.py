@@ -32,6 +32,7 @@ from edgeprune.cli_talk import chat, serve
 from edgeprune.cli_vocabulary import vocabulary
 from edgeprune.cores import available_cores, container_quota
 from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, missing_extra
+from edgeprune.files import result_folder
 from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
 
 app = typer.Typer(
@@ -266,6 +267,8 @@ def export(
     if out.suffix != target.format.suffix:
         wanted = f"a file that ends in {target.format.suffix}" if target.format.suffix else "a folder without a suffix"
         raise BadInput(f"{quant} needs {wanted}", where=out, remedy="choose another --out")
+    if not target.format.suffix:
+        out = result_folder(out, "model.onnx")
     source = resolve(model)
     if exporter == "optimum":
         if target.quantisation != "fp32":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from edgeprune.cli_look import AsJson
+from edgeprune.errors import BadInput
 from edgeprune.output import Stages, console, print_json
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of self-generated text."
 def prune(
     model: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo.")],
     ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of all parameters to remove.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in Hugging Face format.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, new or of an earlier run.")],
     method: Annotated[
         str,
         typer.Option(
@@ -58,6 +59,8 @@ def prune(
 
     if align.isdigit():
         step = int(align)
+        if step < 1:
+            raise BadInput("neurons are kept in steps of 1 or more", where="--align", remedy="for example 32")
     else:
         target = target_for(align)
         step = target.format.alignment(target.quantisation)

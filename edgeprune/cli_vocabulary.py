@@ -21,7 +21,9 @@ def vocabulary(
             "--corpus", help="Text to count on: .txt, .jsonl (or .gz), or folders. May be repeated.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write, new or of an earlier run.", show_default=False)
+    ],
     size: Annotated[int | None, typer.Option("--size", min=1, help="Tokens to keep, at most.")] = None,
     ratio: Annotated[float | None, typer.Option("--ratio", help="Share of all parameters to remove, at least.")] = None,
     windows: Annotated[

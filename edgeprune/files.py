@@ -132,6 +132,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def result_folder(path: Path, *marks: str) -> Path:
+    """`path`, absolute, where a command may write a folder: new, empty, or an earlier result, which it replaces.
+
+    Args:
+        path: where to.
+        marks: names of files; any of them tells an earlier result.
+
+    Raises:
+        BadInput: it is a file, the folder that the process is in, or holds something else.
+    """
+    path = path.absolute()
+    if path.exists() and not path.is_dir():
+        raise BadInput("exists and is not a folder", where=path, remedy="choose another --out")
+    if path.resolve() == Path.cwd():
+        raise BadInput("is the folder you are in", where=path, remedy="name a folder inside it with --out")
+    if path.is_dir() and any(path.iterdir()) and not any((path / mark).is_file() for mark in marks):
+        raise BadInput("holds something else, which would be lost", where=path, remedy="give --out a new folder")
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_file(path) as temporary:

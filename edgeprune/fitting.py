@@ -22,7 +22,7 @@ from edgeprune.cores import available_cores
 from edgeprune.corpus import corpus
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
-from edgeprune.files import cache_dir, read_json, write_json
+from edgeprune.files import cache_dir, read_json, result_folder, write_json
 from edgeprune.fit_texts import HELD_OUT_LENGTH, HELD_OUT_WINDOWS, calibration_text, held_out, recovery_text
 from edgeprune.heldout import scripts
 from edgeprune.judging import JudgedOn, Measured, choose, verdict
@@ -30,7 +30,7 @@ from edgeprune.making import Maker
 from edgeprune.models import checkpoint_folder, load, resolve
 from edgeprune.proposal import Proposal, propose
 from edgeprune.pruning import AMP, cached_scores, check_corpus
-from edgeprune.record import Trial, files_of, fit_record
+from edgeprune.record import TRIALS, Trial, files_of, fit_record
 from edgeprune.reference import load_reference, make_reference
 from edgeprune.report import write_report
 from edgeprune.rounds import (
@@ -202,7 +202,7 @@ def fit(
     source, proposal = prepare(model, profile, budget, settings, progress=progress)
     if on_proposal:
         on_proposal(proposal)
-    out = _writable(Path(out) if out else Path("runs") / f"{Path(str(model)).stem}-{profile.name}")
+    out = _writable(Path(out) if out else Path("runs") / f"{_plain(str(model))}-{profile.name}")
 
     if not settings.resume:
         for folder in ("work", CHECKPOINTS):
@@ -256,7 +256,7 @@ def fit(
     measure = partial(
         measure_all,
         workshop=workshop,
-        log=out / "trials.jsonl",
+        log=out / TRIALS,
         model_hash=model_hash,
         settings=settings,
         late=late,
@@ -285,9 +285,9 @@ def fit(
         # An app may be tied to the other runtime: it gets the best that fits there.
         if pick := choose([pair for pair in fitting if pair[0].target.runtime == runtime], judged_on.nll):
             bundles[f"best-{runtime}"] = pick
-    for stale in out.glob("best*"):  # of an earlier run with another outcome
-        if stale.name not in bundles:
-            shutil.rmtree(stale)
+    for stale in out.glob("best*/bundle.json"):  # of an earlier run with another outcome
+        if stale.parent.name not in bundles:
+            shutil.rmtree(stale.parent)
     for folder, (candidate, trial) in bundles.items():
         path = workshop.export(candidate, progress)
         if files_of(path) != trial.files:
@@ -359,15 +359,18 @@ def _tuned(path: Path, candidate: Candidate, there: Place, settings: FitOptions,
     )
 
 
+def _plain(model: str) -> str:
+    """A model's name as one of a folder: a file's or folder's own, a hub id's with its owner."""
+    path = Path(model).expanduser()
+    return path.resolve().name.removesuffix(".gguf") if path.exists() else model.replace("/", "--")
+
+
 def _writable(out: Path) -> Path:
-    """`out` as a folder that can be written to, told before an hour is spent."""
-    if out.exists() and not out.is_dir():
-        raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
+    """`out` as a run's folder that can be written to, told before an hour is spent."""
+    out = result_folder(out, TRIALS)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.touch()
-        probe.unlink()
+        (out / TRIALS).touch()  # from now on it is a run's
     except OSError as error:
         raise BadInput(f"cannot write ({error.strerror})", where=out, remedy="choose another --out") from error
     return out

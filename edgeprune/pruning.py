@@ -20,7 +20,7 @@ from edgeprune.damage import SCHEMA_VERSION as DAMAGE_SCHEMA
 from edgeprune.damage import DamageTable, measure_damage
 from edgeprune.energy import energy_scores
 from edgeprune.errors import BadInput, NothingFits, unknown
-from edgeprune.files import cache_dir
+from edgeprune.files import cache_dir, result_folder
 from edgeprune.importance import Scores, amp_scores, random_scores, reversed_scores
 from edgeprune.layerwise import Compensation, packed
 from edgeprune.memory import keep_freed_memory
@@ -31,7 +31,7 @@ from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import uniform_widths
 from edgeprune.shape import LayerShape, ModelShape
-from edgeprune.surgery import prune_checkpoint
+from edgeprune.surgery import PLAN_FILE, prune_checkpoint
 from edgeprune.vocabulary_damage import VocabularyOption, measure_vocabulary, with_vocabulary
 
 # AMP calibrates on 50 instruction prompts. Least squares wants more: twice the text took the KL of 10 % pruned neurons
@@ -234,7 +234,8 @@ def prune(
         progress: called with (stage, done, total).
 
     Raises:
-        BadInput: anything wrong with the arguments or the model, or a full disk.
+        BadInput: anything wrong with the arguments or the model, an `out` that holds something else than an earlier
+            result, or a full disk.
         StageFailed: calibration text that does not determine the weights.
     """
     if method not in PRUNERS:
@@ -242,9 +243,7 @@ def prune(
     check_corpus(corpus, method)
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
+    out = result_folder(Path(out), PLAN_FILE)
     if not isinstance(model, Model):
         model = load(model, say=None if progress is None else lambda text: progress(text, 0, 0))
     family = model.shape.family

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgeprune.vocabulary_plan import VocabularyPlan
 
 SCHEMA_VERSION = 1
+TRIALS = "trials.jsonl"
 _PACKAGES = ("torch", "transformers", "llama-cpp-python", "onnxruntime", "gguf", "numpy")
 
 
@@ -83,10 +84,10 @@ class Trial:
 
 
 def read_trials(path: Path) -> dict[str, Trial]:
-    """The finished trials of a run by key, the last of each; a torn last line, of a killed run, is left out.
+    """The finished trials of a run by key, the last of each; lines torn off, of killed runs, are left out.
 
     Raises:
-        BadInput: a line other than the last is broken.
+        BadInput: a line is no trial.
     """
     if not path.exists():
         return {}
@@ -94,10 +95,12 @@ def read_trials(path: Path) -> dict[str, Trial]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            trial = Trial.from_json(json.loads(line))
+            value = json.loads(line)
+        except ValueError:
+            continue  # what it was of is measured again
+        try:
+            trial = Trial.from_json(value)
         except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
-            if number == len(lines):
-                continue
             raise BadInput(
                 f"line {number} is not a trial ({error})", where=path, remedy="delete the file, or use --no-resume"
             ) from error

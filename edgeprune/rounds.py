@@ -20,7 +20,7 @@ from edgeprune.judging import Measured
 from edgeprune.proposal import Proposal, plans, propose
 from edgeprune.pruning import cached_damage, tell_of_vocabulary, vocabulary_damage
 from edgeprune.quality import CrossQuality, Quality
-from edgeprune.record import append_trial, read_trials
+from edgeprune.record import TRIALS, append_trial, read_trials
 from edgeprune.search import METHOD as OBS
 from edgeprune.search import dense_candidates, pruned_candidates, worth_making
 from edgeprune.vocabulary_damage import VocabularyOption, smaller_sizes
@@ -190,7 +190,7 @@ def recovered(
 
 def dense_trials() -> Path:
     """Where trials of dense models are kept: they serve every budget and, but for speed, every device."""
-    return cache_dir() / "trials.jsonl"
+    return cache_dir() / TRIALS
 
 
 def measure_all(

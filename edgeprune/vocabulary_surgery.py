@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_metadata
-from edgeprune.files import atomic_folder, read_json, write_json, write_text
+from edgeprune.files import atomic_folder, read_json, result_folder, write_json, write_text
 from edgeprune.models import COMPANIONS
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.surgery import PLAN_FILE as LAYERS_PLAN_FILE
@@ -175,7 +175,7 @@ def prune_vocabulary(
     kept = np.array(plan.kept, dtype=np.int64)
     _check_whole(folder, kept, vocab)
     ids = Renumbering(kept, vocab)
-    with atomic_folder(out) as temporary:
+    with atomic_folder(result_folder(out, PLAN_FILE)) as temporary:
         _save_weights(checkpoint, plan, temporary, progress)
         config = pruned_ids(checkpoint.config, ids, where=folder / "config.json")
         config.pop("auto_map", None)  # a reference to code, which is not copied

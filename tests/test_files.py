@@ -10,7 +10,7 @@ import pytest
 
 from edgeprune import files
 from edgeprune.errors import BadInput, StageFailed
-from edgeprune.files import atomic_file, atomic_folder, read_json, write_json, write_text
+from edgeprune.files import atomic_file, atomic_folder, read_json, result_folder, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -86,3 +86,20 @@ def test_json(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == {"ä": [1, 2.5, None]}
     with pytest.raises(BadInput, match="no such file"):
         read_json(tmp_path / "b.json")
+
+
+def test_a_result_replaces_nothing_but_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "models"
+    assert result_folder(path, "mark") == path
+    path.mkdir()
+    assert result_folder(path, "mark") == path
+    (path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match="holds something else"):
+        result_folder(path, "mark", "other")
+    (path / "other").write_text("")
+    assert result_folder(path, "mark", "other") == path
+    with pytest.raises(BadInput, match="not a folder"):
+        result_folder(path / "thesis.txt")
+    monkeypatch.chdir(path)
+    with pytest.raises(BadInput, match="the folder you are in"):
+        result_folder(Path(), "other")

@@ -181,8 +181,10 @@ def test_a_second_run_repeats_no_trial(wide: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("edgeprune.workshop.evaluate", never)
     (tmp_path / "run" / "best-onnxruntime").mkdir()  # as an earlier run with another outcome leaves it
+    (tmp_path / "run" / "best-onnxruntime" / "bundle.json").touch()
+    (tmp_path / "run" / "best-of.md").touch()  # the user's
     again = run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
-    assert not (tmp_path / "run" / "best-onnxruntime").exists()
+    assert not (tmp_path / "run" / "best-onnxruntime").exists() and (tmp_path / "run" / "best-of.md").exists()
     assert (tmp_path / "run" / "trials.jsonl").read_text() == log
     assert again.verdict == first.verdict
     with pytest.raises(AssertionError, match="measured again"):
@@ -364,7 +366,10 @@ def test_trials_survive_a_torn_line(tmp_path: Path) -> None:
         file.write(b'{"schema_version": 1, "key": "b", "cand')
     assert read_trials(log) == {"a": one}
     append_trial(log, replace(one, key="c"))
-    with pytest.raises(BadInput, match="line 2"):
+    assert list(read_trials(log)) == ["a", "c"]
+    with log.open("a") as file:
+        file.write('{"schema_version": 99}\n')
+    with pytest.raises(BadInput, match="line 4"):
         read_trials(log)
 
 
@@ -383,3 +388,12 @@ def test_fit_on_the_demo_model(tmp_path: Path, demo_gguf: Path) -> None:
     llama = llama_cpp.Llama(str(result.best / "model.gguf"), n_ctx=64, verbose=False)
     answer = llama("The capital of France is", max_tokens=8, temperature=0.0)
     assert answer["choices"][0]["text"].strip()
+
+
+def test_every_model_has_a_run_of_its_own(tmp_path: Path) -> None:
+    from edgeprune.fitting import _plain
+
+    (tmp_path / "small.v1.gguf").touch()
+    assert _plain(str(tmp_path / "small.v1.gguf")) == "small.v1" and _plain(str(tmp_path)) == tmp_path.name
+    names = {_plain(f"{owner}/Qwen2.5-0.5B{kind}") for owner in ("Qwen", "other") for kind in ("", "-Instruct")}
+    assert len(names) == 4 and not any("/" in name for name in names) and _plain("demo") == "demo"

@@ -14,6 +14,7 @@ from edgeprune.errors import BadInput
 from edgeprune.files import read_json
 from edgeprune.models import checkpoint_folder, resolve
 from edgeprune.record import SCHEMA_VERSION as RECORD_SCHEMA
+from edgeprune.record import TRIALS
 from edgeprune.sums import changed
 
 Say = Callable[[str], None]
@@ -72,7 +73,7 @@ class Run:
             BadInput: no run, one that did not finish, or one of another version.
         """
         if not (folder / "fit.json").is_file():
-            unfinished = (folder / "trials.jsonl").is_file()
+            unfinished = (folder / TRIALS).is_file()
             raise BadInput(
                 "this run did not finish" if unfinished else "no fit.json, so no run",
                 where=folder,
