@@ -138,16 +138,19 @@ def licence_of(source: str) -> str | None:
 
 
 def take(model: Model, texts: Iterator[str], source: str, *, count: int, length: int) -> TextSet:
-    """The first `count` pieces of up to `length` tokens; long texts are cut into several pieces."""
+    """The first `count` · `length` tokens in pieces of up to `length`; long texts are cut into several pieces."""
     ids: list[torch.Tensor] = []
+    room = count * length
     for text in texts:
         # Longer than the model's context is no mistake here: it is cut below.
         encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = torch.tensor(encoded, dtype=torch.int64)
-        ids += [piece for piece in torch.split(tokens, length) if len(piece) >= min(length, 8)]
-        if len(ids) >= count:
+        for piece in torch.split(tokens[:room], length):
+            if len(piece) >= min(length, 8):
+                ids.append(piece)
+                room -= len(piece)
+        if room < min(length, 8):
             break
-    ids = ids[:count]
     if not ids:
         raise BadInput("the text has too few tokens", where=source)
     return _text_set(model, ids, source)

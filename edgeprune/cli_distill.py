@@ -49,7 +49,9 @@ def distill(
     ] = "demo",
     student: Annotated[
         Path | None,
-        typer.Option("--student", help="Folder of the pruned model: what is matched is then what recovers it."),
+        typer.Option(
+            "--student", help="Folder of the pruned model: what is matched is then what recovers it (auto: random)."
+        ),
     ] = None,
     text_field: Annotated[
         list[str] | None,

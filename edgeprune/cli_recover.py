@@ -33,7 +33,7 @@ def recover(
     teacher: Annotated[
         str, typer.Option("--teacher", help="The dense model that the pruned one was made of.", metavar="MODEL")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, in Hugging Face format.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, new or of an earlier run.")],
     time: Annotated[str, typer.Option("--time", help="How long to train: 90s, 20m, 2h.")] = "20m",
     text: Annotated[
         list[Path] | None,
@@ -117,6 +117,7 @@ def recover(
             held_out=[each for path in held_out for each in read_texts(path)] if held_out else None,
             method=cast("Method", method),
             recipe=recipe,
+            shorten=length is None,
             seed=seed,
             resume=resume,
             progress=stages,

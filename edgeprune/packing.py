@@ -48,7 +48,14 @@ class Windows:
         return Windows(torch.cat([self.ids, held_out.ids]), weights)
 
 
-def pack(texts: Iterable[str], tokenizer: Any, length: int, weights: Sequence[float] | None = None) -> Windows:
+def pack(
+    texts: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    weights: Sequence[float] | None = None,
+    *,
+    where: str = "--text",
+) -> Windows:
     """Consecutive windows of `length` predictions over all the texts, one after the other; a shorter rest is left out.
 
     A tokenizer that puts BOS before a text puts it before every window, since its model was never without.
@@ -58,6 +65,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, weights: Sequence[fl
         tokenizer: of transformers.
         length: predictions a window.
         weights: what each text counts for; a window counts for the mean over its tokens.
+        where: what an error names.
 
     Raises:
         BadInput: the texts are too short for two windows.
@@ -83,7 +91,7 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int, weights: Sequence[fl
     if len(windows) < 2:
         raise BadInput(
             f"the text has {len(ids)} tokens: fewer than two windows of {length}",
-            where="--text",
+            where=where,
             remedy="give more text, or ask for shorter windows",
         )
     if weights is None:
@@ -97,11 +105,16 @@ def hold_out(n: int, count: int) -> tuple[Tensor, Tensor]:
 
     Those to judge on lie evenly over the text, so that every source in it has its share.
     """
-    count = max(1, min(count, n // 4))
-    held = ((torch.arange(count) + 0.5) * n / count).long()
+    held = evenly(n, max(1, min(count, n // 4)))
     mask = torch.ones(n, dtype=torch.bool)
     mask[held] = False
     return mask.nonzero()[:, 0], held
+
+
+def evenly(n: int, count: int) -> Tensor:
+    """Indices of `count` of `n` windows that lie evenly over the text; all, where there are no more."""
+    count = min(n, count)
+    return ((torch.arange(count) + 0.5) * n / count).long()
 
 
 def order(indices: Tensor, position: int, count: int, seed: int) -> Tensor:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed, missing_extra, unknown
-from edgeprune.files import atomic_folder, cache_dir, write_json
+from edgeprune.files import atomic_folder, cache_dir, result_folder, write_json
 from edgeprune.losses import TopK
-from edgeprune.packing import Windows, hold_out, order, pack
+from edgeprune.packing import Windows, evenly, hold_out, order, pack
 from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
 from edgeprune.recovery_inputs import (
     check_length,
@@ -60,6 +60,7 @@ def recover(
     held_out: Sequence[str] | None = None,
     method: Method = "distil",
     recipe: Recipe | None = None,
+    shorten: bool | None = None,
     seed: int = 0,
     resume: bool = True,
     cache: Path | None = None,
@@ -81,6 +82,7 @@ def recover(
             on, but judged.
         method: which of `RECIPES`.
         recipe: replaces the method's.
+        shorten: whether windows become shorter where there is little text; None: unless a recipe is given.
         seed: of the order of the windows, of dropout, and of text that the teacher writes.
         resume: go on from what an interrupted run of the same arguments left in `out`.partial.
         cache: where the teacher's records are kept; None: the user's cache.
@@ -94,10 +96,9 @@ def recover(
         raise unknown("method", method, RECIPES)
     if not seconds > 0:
         raise BadInput(f"{seconds} seconds leave no time to train", where="--time", remedy="for example 20m")
-    student, teacher, out = Path(student), Path(teacher), Path(out)
-    if out.exists() and not out.is_dir():
-        raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
-    given, recipe = recipe, recipe or usual_recipe(method, student, teacher)
+    student, teacher, out = Path(student), Path(teacher), result_folder(Path(out), RECORD)
+    shorten = recipe is None if shorten is None else shorten
+    recipe = recipe or usual_recipe(method, student, teacher)
     clock = Clock()
     say = progress or (lambda _stage, _done, _total: None)
     accelerator = _accelerator()
@@ -109,13 +110,14 @@ def recover(
     tokenizer = shared_tokenizer(student, teacher, text)
     check_length(student, teacher, recipe.length)
     say("packing the text", 0, 0)
-    if given is None and (most := longest_window(text, tokenizer, recipe.length)) < recipe.length:
+    if shorten and (most := longest_window(text, tokenizer, recipe.length)) < recipe.length:
         recipe = recipe.with_length(most)
         say(f"windows of {most} tokens: the text is short", 0, 0)
     windows = pack(text, tokenizer, recipe.length, weights)
     training, held = hold_out(len(windows), recipe.held_out)
     if held_out is not None:
-        judged = Windows(pack(held_out, tokenizer, recipe.length).ids[: recipe.held_out])
+        ids = pack(held_out, tokenizer, recipe.length, where="--held-out").ids
+        judged = Windows(ids[evenly(len(ids), recipe.held_out)])
         training, held = torch.arange(len(windows)), torch.arange(len(judged)) + len(windows)
         windows = windows.and_held_out(judged)
     run = _Run(student, teacher, out, windows, training, held, recipe, seed, seconds, accelerator, clock, cache, say)

@@ -138,3 +138,10 @@ def test_the_licence_of_a_text_is_what_stands_beside_it(tmp_path: Path, monkeypa
     monkeypatch.setattr(huggingface_hub.DatasetCard, "load", lambda name: card if name == "a/c4" else 1 / 0)
     assert licence_of("a/c4:en") == "odc-by"
     assert licence_of("a/unknown") is None
+
+
+def test_short_texts_make_up_the_same_number_of_tokens(tiny: Model, tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": "one two three four five six " * 3}) + "\n" for _ in range(200)))
+    texts = text_set(tiny, str(path), count=8, length=64, seed=0)
+    assert len(texts.ids) > 8 and 8 * 64 - 8 < texts.tokens <= 8 * 64

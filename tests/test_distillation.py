@@ -491,13 +491,12 @@ def test_every_method_writes_texts(
     assert 4 <= len(lines) <= 16 and all(line["text"].strip() for line in lines)
     source = text_file.read_text()
     licence = tmp_path / "a.jsonl.license"
+    assert licence.exists() == (not METHODS[method].writes)
     if METHODS[method].kind == "select":
         tokenizer = load_tokenizer(tiny_folder)
         assert all(line["text"] in source for line in lines)
         assert 0.8 * LENGTH * 8 < sum(len(tokenizer(line["text"])["input_ids"]) for line in lines) <= LENGTH * 8 + 16
         assert "CC0-1.0" in licence.read_text()
-    else:
-        assert not licence.exists() or method == "best-of"
     assert run("b.jsonl") == first
     if method in ("random", "best-of", "self-generated", "synthetic"):
         assert run("c.jsonl", seed=1) != first
@@ -554,3 +553,39 @@ def test_wrong_use_is_one_line(
     done = CliRunner().invoke(app, [*command, *arguments])
     assert isinstance(done.exception, BadInput) and message in str(done.exception)
     assert not out.exists()
+
+
+def test_a_licence_is_not_left_to_other_text(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.txt"
+    bare.write_text(text_file.read_text())
+    out = tmp_path / "few.jsonl"
+    for source, licensed in ((text_file, True), (bare, False)):
+        distil.distil([str(source)], out, model=tiny_folder, tokens=200, method="random", length=LENGTH)
+        assert out.with_name("few.jsonl.license").exists() == licensed
+
+
+def test_a_label_is_no_part_of_its_text(tiny_folder: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "asked.jsonl", tmp_path / "few.jsonl"
+    records = [{"question": essay(12, seed), "answer": "yes" if seed % 2 else "no"} for seed in range(20)]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    distil.distil([str(source)], out, model=tiny_folder, per_class=2, method="random", fields=Fields(label="answer"))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["label"] for line in lines] == ["no"] * 2 + ["yes"] * 2
+    assert not any(line["text"].endswith(("yes", "no")) for line in lines)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("method", ["best-of", "synthetic"])
+def test_too_few_tokens_are_told(
+    method: str, tiny_folder: Path, student: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match="ask for more"):
+        distil.distil(
+            [str(text_file)],
+            tmp_path / "few.jsonl",
+            model=tiny_folder,
+            tokens=4,
+            method=method,
+            student=student,
+            length=LENGTH,
+        )

@@ -28,7 +28,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.cli_recover import recover as command
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.losses import Head, Mix, TopK, distillation, top_k
-from edgeprune.packing import Windows, hold_out, order, pack
+from edgeprune.packing import Windows, evenly, hold_out, order, pack
 from edgeprune.plan import LayerPlan, PrunePlan, uniform_plan
 from edgeprune.recipe import RECIPES, Recipe, peak_rate
 from edgeprune.recovery import recover
@@ -489,3 +489,20 @@ def test_weights_and_held_out_text(student: Path, tiny_folder: Path, tmp_path: P
     assert with_all.before.kl != without.before.kl
     weighted = run(student, tiny_folder, tmp_path / "c", text=TEXT, weights=[2.0] + [0.5] * (len(TEXT) - 1))
     assert weighted.before == without.before and weighted.after.kl != without.after.kl
+
+
+def test_held_out_text_is_judged_all_over(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    assert evenly(100, 4).tolist() == [12, 37, 62, 87] and evenly(3, 8).tolist() == [0, 1, 2]
+    first = run(student, tiny_folder, tmp_path / "a", text=TEXT, held_out=TEXT)
+    other = run(student, tiny_folder, tmp_path / "b", text=TEXT, held_out=[*TEXT[: len(TEXT) // 2], *TEXT])
+    assert first.before.kl != other.before.kl
+    with pytest.raises(BadInput, match="--held-out"):
+        run(student, tiny_folder, tmp_path / "c", text=TEXT, held_out=["short"])
+
+
+def test_neither_model_is_written_over(student: Path, tiny_folder: Path) -> None:
+    before = Checkpoint(tiny_folder).hash()
+    for place in (tiny_folder, student):
+        with pytest.raises(BadInput, match="holds something else"):
+            run(student, tiny_folder, place, text=TEXT)
+    assert Checkpoint(tiny_folder).hash() == before

@@ -23,6 +23,7 @@ class Method:
         reads: columns of readings that it looks at.
         student: whether it needs the pruned model.
         kind: which of the three functions the module has.
+        writes: whether what comes out is no text of the source's, whose licence it would have.
     """
 
     module: str
@@ -30,6 +31,7 @@ class Method:
     reads: tuple[str, ...] = ()
     student: bool = False
     kind: Literal["select", "write", "make"] = "select"
+    writes: bool = False
 
     def load(self) -> Any:
         """The method's module."""
@@ -46,9 +48,11 @@ METHODS: dict[str, Method] = {
     "gradient-matching": Method("gradient_matching", "has the source's mean gradient", ("gradients",)),
     "divergence": Method("divergence", "where the pruned model differs most", ("means", "divergences"), student=True),
     "best-of": Method("best_of", "the best of a few random sets, by pruning with each", kind="write"),
-    "self-generated": Method("self_generated", "the model writes it", kind="write"),
-    "synthetic": Method("synthetic", "the model writes it, matched to the source's gradient, edited", kind="write"),
-    "soft": Method("soft", "embeddings and soft labels that train one model, as safetensors", kind="make"),
+    "self-generated": Method("self_generated", "the model writes it", kind="write", writes=True),
+    "synthetic": Method(
+        "synthetic", "the model writes it, matched to the source's gradient, edited", kind="write", writes=True
+    ),
+    "soft": Method("soft", "embeddings and soft labels that train one model, as safetensors", kind="make", writes=True),
 }
 
 

@@ -49,6 +49,8 @@ def write(order: Order) -> Written:
         order.say("pruning with each set", number, SETS)
         drawn = np.random.default_rng([order.seed, number]).permutation(free)
         chosen = drawn[Basket(order.quota, order.pool.lengths[drawn]).fill(range(len(drawn)))]
+        if not len(chosen):
+            return Written(())
         pruned = order.scratch / f"set-{number}"
         _prune(order, chosen, widths, pruned)
         found.append((_damage(order, pruned, held_out), chosen))

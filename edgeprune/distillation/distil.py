@@ -161,8 +161,10 @@ def distil(
         "environment": environment(),
     }
     write_json(result.record, record)
-    if texts.licence and entry.kind == "select":  # what is chosen is the source's own text
-        write_text(out.with_name(f"{out.name}.license"), f"SPDX-License-Identifier: {texts.licence}\n")
+    licence = out.with_name(f"{out.name}.license")
+    licence.unlink(missing_ok=True)  # of a file that was there before
+    if texts.licence and not entry.writes:
+        write_text(licence, f"SPDX-License-Identifier: {texts.licence}\n")
     return result
 
 

@@ -185,8 +185,9 @@ def make_pool(
 def _batches(source: Source, fields: Fields) -> Iterator[list[tuple[str, str | None]]]:
     """Texts with their labels, a batch at a time."""
     batch: list[tuple[str, str | None]] = []
+    names = [name for name in fields.text if name != fields.label]  # a text that tells its class would be chosen for it
     for number, record in enumerate(source.read(), start=1):
-        text = record_text(record, fields.text)
+        text = record_text(record, names)
         label = None
         if fields.label is not None:
             label = record.get(fields.label) if isinstance(record, dict) else None

@@ -20,7 +20,7 @@ def write(order: Order) -> Written:
     texts = self_generated(
         load(order.model),
         count=max(1, order.quota.tokens // LENGTH),
-        length=LENGTH,
+        length=min(LENGTH, order.quota.tokens),
         seed=order.seed,
         progress=lambda done, total: order.say("writing text", done, total),
     )

@@ -28,7 +28,7 @@ from edgeprune.distillation.matching import match
 from edgeprune.distillation.pool import LENGTH, Fields, Pool, Source, make_pool
 from edgeprune.models import Model, load
 from edgeprune.precision import fast_copy, fast_products
-from edgeprune.writing import continued, in_batches, lines_after, special_ids
+from edgeprune.writing import continued, in_batches, lines_after, special_ids, with_bos
 
 SURPLUS = 2.0  # candidates for each text wanted
 SURPLUS_LABELLED = 6.0  # the same with labels, since a small model often writes for another class than it was shown
@@ -86,6 +86,8 @@ def _matched(
     likely = np.sort(np.concatenate([fitting, others])[:room])
     choice = match(texts.features[likely], target, Basket(quota, texts.pool.lengths[likely]), RIDGE)
     chosen = likely[choice.taken]
+    if not len(chosen):
+        return (), ()
     weights = choice.weights if choice.weights is not None else np.ones(len(chosen))
     current = [texts.pool.text(int(i)) for i in chosen]
     features, nlls = texts.features[chosen], texts.nlls[chosen]
@@ -198,7 +200,8 @@ def _edit(model: Model, text: str, rng: np.random.Generator) -> str:
     if len(ids) < 2:
         return text
     with fast_products():
-        logits = model.module(input_ids=ids[None], use_cache=False).logits[0].float()
+        read = with_bos(model.tokenizer, ids[None])
+        logits = model.module(input_ids=read, use_cache=False).logits[0, -len(ids) :].float()
     logits[:, special_ids(model.tokenizer)] = -torch.inf
     for place in rng.choice(np.arange(1, len(ids)), size=max(1, round(_EDITED * (len(ids) - 1))), replace=False):
         likely = logits[place - 1].topk(min(_ALTERNATIVES, logits.shape[1])).indices
