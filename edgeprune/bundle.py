@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.candidates import Candidate
 from edgeprune.checkpoint import GGUF_TOKENIZER
 from edgeprune.files import atomic_folder, read_json, write_json, write_text
-from edgeprune.models import copy_companions
+from edgeprune.models import LICENCES, copy_companions, copy_files
 from edgeprune.plan import PrunePlan
 from edgeprune.quality import CrossQuality, Quality, TextQuality
 from edgeprune.record import Trial, environment
@@ -66,13 +67,16 @@ def chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _stop_tokens(source: Path) -> list[str]:
-    """Text of the tokens that end an answer."""
+def _stop_tokens(source: Path, ids: Sequence[int]) -> list[str]:
+    """Text of the tokens that end an answer: the tokenizer's own, and those of `ids` that it has as added ones."""
     settings = source / "tokenizer_config.json"
     token = read_json(settings).get("eos_token") if settings.is_file() else None
     if isinstance(token, dict):
         token = token.get("content")
-    return [token] if isinstance(token, str) else []
+    path = source / "tokenizer.json"
+    added = read_json(path).get("added_tokens", []) if path.is_file() else []
+    texts = [each["content"] for each in added if each["id"] in ids]
+    return list(dict.fromkeys([*([token] if isinstance(token, str) else []), *texts]))
 
 
 def _bundle_json(
@@ -93,7 +97,7 @@ def _bundle_json(
         "settings": candidate.settings if tuned is None else dict(tuned.best.settings),
         "chat_template": template,
         "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
-        "stop": _stop_tokens(made.source),
+        "stop": _stop_tokens(made.source, result.proposal.shape.eos),
         "eos_token_ids": made.eos(result.proposal.shape),
         "memory_need_mib": round(candidate.cost.memory_mib.high, 1),
         "predicted": {
@@ -256,6 +260,7 @@ def write_bundle(
         if exported.is_dir():
             shutil.copytree(exported, temporary, dirs_exist_ok=True)
             model_file = "model.onnx"
+            copy_files(made.companions, temporary, LICENCES)
         else:
             model_file = f"model{exported.suffix}"
             shutil.copyfile(exported, temporary / model_file)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput
 from edgeprune.files import read_json, sha256
-from edgeprune.shape import ModelShape, shape_from_config
+from edgeprune.shape import ModelShape, shape_from_config, token_ids
 
 # A tokenizer that came from a GGUF file stays beside the checkpoint, as a GGUF file without tensors, so that it can
 # be written into the next GGUF file verbatim.
@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _HEADER_LIMIT = 100 << 20  # bytes; the library's own limit
+_WEIGHTS = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -107,11 +108,39 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     return entries
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The files with a checkpoint's weights: the usual one, those of the index, or all there are.
+
+    Others may lie beside them: repositories of Mistral have the same weights again under other names.
+    """
+    one, index = folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json"
+    if one.is_file():
+        return [one]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise BadInput("no weight_map", where=index, remedy="download the checkpoint again")
+    named = set(map(str, names.values()))
+    for name in named:
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise BadInput(f"weight_map names {name!r}, which is no *.safetensors file of the folder", where=index)
+        if not (folder / name).is_file():
+            raise BadInput(f"{name} is missing", where=folder, remedy="download the checkpoint again")
+    return sorted(folder / name for name in named)
+
+
+def _ends(shape: ModelShape, generation: Path) -> tuple[int, ...]:
+    """Tokens that end a text: the config's, and those that only generation_config.json names, as for chat models."""
+    found = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    return tuple(dict.fromkeys((*shape.eos, *token_ids(found, "eos_token_id", generation))))
+
+
 class Checkpoint:
-    """A folder with `config.json` and `*.safetensors`.
+    """A folder with `config.json`, `*.safetensors` and, maybe, `generation_config.json`, whose ends of text count too.
 
     Args:
-        folder: the folder; a sharded checkpoint is read through all its safetensors files.
+        folder: the folder; a sharded checkpoint is read through the files that its index names, or all there are.
 
     Raises:
         BadInput: no folder, no or only pickled weights, a broken file, or an unsupported family.
@@ -126,7 +155,7 @@ class Checkpoint:
         # would compute with another theta: the older keys are what everything here reads and writes.
         self.rope_overrides = older_rope_words(config)
         self.config: dict[str, Any] = config | self.rope_overrides
-        self.files = sorted(folder.glob("*.safetensors"))
+        self.files = _weight_files(folder)
         if not self.files:
             pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
             if pickles:
@@ -136,7 +165,8 @@ class Checkpoint:
                     remedy="convert the checkpoint to safetensors",
                 )
             raise BadInput("no *.safetensors file", where=folder)
-        self.shape: ModelShape = shape_from_config(self.config, where=folder / "config.json")
+        shape = shape_from_config(self.config, where=folder / "config.json")
+        self.shape: ModelShape = replace(shape, eos=_ends(shape, folder / "generation_config.json"))
         self._entries: dict[str, _Entry] = {}
         self._hash: str | None = None
         for file in self.files:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Everything a model needs and nothing that can run code: no pickles, no Python files.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md"]
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # Beside the weights and the config: what belongs to a model and is copied along when the model is changed.
-COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", GGUF_TOKENIZER, "vocabulary_plan.json")
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", *LICENCES, GGUF_TOKENIZER, "vocabulary_plan.json")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def resolve(name: str, *, say: Say | None = None) -> Path:
                 remedy="convert them to safetensors and give the folder",
             )
         raise BadInput("not a model file", where=path, remedy="give a .gguf file or a folder with config.json")
-    hub_id = _HUB_ID.fullmatch(name)
+    hub_id = HUB_ID.fullmatch(name)
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or ("/" in name and not hub_id):
         raise BadInput("no such file or folder", where=path)
     if hub_id:
@@ -74,7 +75,7 @@ def _from_hub(name: str) -> Path:
     except ImportError as error:
         raise missing_extra("huggingface_hub", "prune") from error
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"]))
     except RepositoryNotFoundError as error:
         raise BadInput(f"the hub has no model {name!r}, or it is private", remedy="check the name or log in") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -119,6 +120,11 @@ def load(name: str | Path, *, say: Say | None = None) -> Model:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the files that belong to a model beside its weights (tokenizer, chat template, licence)."""
-    for name in COMPANIONS:
+    copy_files(source, target, COMPANIONS)
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the files `names` that are in the folder `source`."""
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

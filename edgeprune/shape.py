@@ -185,7 +185,8 @@ def _number(config: Mapping[str, Any], key: str, where: object, default: float |
     return float(value)
 
 
-def _token_ids(value: Any, key: str, where: object) -> tuple[int, ...]:
+def token_ids(value: Any, key: str, where: object) -> tuple[int, ...]:
+    """The ids under a key of a config: none, one or a list; raises `BadInput` for anything else."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(type(i) is int and i >= 0 for i in ids):
         raise BadInput(f"{key} must be a token id or a list of them, found {value!r}", where=where)
@@ -298,8 +299,8 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
         output_bias=_switch(config, family.output_bias),
         mlp_bias=_switch(config, family.mlp_bias),
         head_bias=family.head_bias,
-        bos=next(iter(_token_ids(config.get("bos_token_id"), "bos_token_id", where)), None),
-        eos=_token_ids(config.get("eos_token_id"), "eos_token_id", where),
+        bos=next(iter(token_ids(config.get("bos_token_id"), "bos_token_id", where)), None),
+        eos=token_ids(config.get("eos_token_id"), "eos_token_id", where),
         windows=_windows(config, family, count, where),
         partial_rotary_dim=_rotary_dim(own, head_dim, where),
         local_rope_theta=_optional(own, "rope_local_base_freq", where),

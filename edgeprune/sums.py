@@ -9,13 +9,19 @@ from edgeprune.errors import BadInput
 from edgeprune.files import sha256, write_text
 
 SUMS = "SHA256SUMS"
+_OF_THE_HUB = (".gitattributes", ".git", ".cache")  # what a folder has that comes from there; no runtime reads it
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 def write_sums(folder: Path) -> None:
     """Write the hashes of all files in `folder`, those in folders inside it included."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
-    write_text(folder / SUMS, "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files))
+    write_text(folder / SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in sorted(_files(folder))))
+
+
+def _files(folder: Path) -> set[str]:
+    """The files in `folder` but for the list itself and what the hub and git put beside them."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if path.parts[0] not in _OF_THE_HUB} - {SUMS}
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -46,7 +52,7 @@ def changed(folder: Path) -> list[str]:
         BadInput: as `read_sums`.
     """
     sums = read_sums(folder)
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SUMS}
+    there = _files(folder)
     lines = [f"{name} is missing" for name in sorted(sums.keys() - there)]
     lines += [f"{name} is not in {SUMS}" for name in sorted(there - sums.keys())]
     lines += [f"{name} has other bytes" for name in sorted(sums.keys() & there) if sha256(folder / name) != sums[name]]

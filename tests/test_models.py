@@ -162,3 +162,31 @@ def test_rope_parameters_of_newer_configs_are_not_passed_over(make_llama: MakeLl
 def test_the_hash_follows_the_weights(make_llama: MakeLlama) -> None:
     one, same, other = make_llama(), make_llama(), make_llama(seed=1)
     assert Checkpoint(one).hash() == Checkpoint(same).hash() != Checkpoint(other).hash()
+
+
+def test_weights_are_those_of_the_index(make_llama: MakeLlama) -> None:
+    """Repositories of Mistral have all weights a second time, under other names."""
+    folder = make_llama()
+    names = set(Checkpoint(folder).names)
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, folder / "consolidated.safetensors")
+    assert set(Checkpoint(folder).names) == names
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+    assert set(Checkpoint(folder).names) == names
+    for other, message in (
+        ("../x.safetensors", "no .* file of the folder"),
+        ("y.safetensors", "y.safetensors is missing"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"a": other}}))
+        with pytest.raises(BadInput, match=message):
+            Checkpoint(folder)
+
+
+def test_texts_end_where_generation_config_says_so_too(make_llama: MakeLlama) -> None:
+    folder = make_llama()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}))
+    assert Checkpoint(folder).shape.eos == (0, 7)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "seven"}))
+    with pytest.raises(BadInput, match="eos_token_id"):
+        Checkpoint(folder)

@@ -68,6 +68,10 @@ def test_verify_finds_what_was_changed(run: Path, tmp_path: Path) -> None:
     found = verify(folder)
     assert found.ok and [(v.equal, v.here) for v in found.verdicts] == [(v.total, True) for v in found.verdicts]
     assert CliRunner().invoke(app, ["verify", str(folder)]).exit_code == 0
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    for name in (".gitattributes", ".cache/huggingface/.gitignore"):  # as the hub gives a folder back
+        (folder / name).write_text("*")
+    assert verify(folder).ok
 
     # Another model under the same name, with its hash written anew, says something else.
     proofs = json.loads((folder / "proof.json").read_text())
@@ -218,7 +222,11 @@ def test_stock_transformers_loads_what_huggingface_gets(uniform: Path, tmp_path:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == CHATML
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlicense: mit\n") and "base_model:" in card and "library_name: transformers" in card
+    assert card.startswith("---\nlicense: mit\n") and "library_name: transformers" in card
+    assert "base_model" not in card  # a folder here tells others nothing
+    assert (folder / "LICENSE").read_text() == "You may.\n"
+    facts = facts_of(folder)
+    assert facts["runtime"] == "pytorch" and facts["predicted"] is facts["measured"] is facts["memory_need_mib"] is None
     assert "per_layer_config" not in card
     assert verify(folder).ok
 
@@ -315,6 +323,10 @@ def test_the_loader_for_onnx_runtime_says_what_was_proved(run: Path, tmp_path: P
     shutil.copyfile(folder / "loadModel.ts", own / "loadModel.ts")
     done = compiled(tools, own)
     assert done.returncode == 0, done.stdout
+
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "made of the same weights for another runtime" in card
+    assert facts_of(place)["predicted"] is None and facts_of(place)["measured"]["runtime"].startswith("onnxruntime")
 
     (proof,) = read_proofs(folder)
     script = (own / "loadModel.js").read_text()

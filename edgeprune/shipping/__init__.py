@@ -12,11 +12,11 @@ from pathlib import Path
 
 from edgeprune.cores import available_cores
 from edgeprune.errors import unknown
-from edgeprune.files import atomic_folder, write_text
+from edgeprune.files import atomic_folder, result_folder, write_text
 from edgeprune.samples import prompts_for
 from edgeprune.shipping.job import Entry, Job
 from edgeprune.shipping.proof import QUESTION, Verdict, check, prove, read_proofs, write_proofs
-from edgeprune.shipping.provenance import write_provenance
+from edgeprune.shipping.provenance import PROVENANCE, write_provenance
 from edgeprune.shipping.run import Bundle, Run, Say
 from edgeprune.sums import changed, write_sums
 
@@ -98,7 +98,7 @@ def ship(
     say = say or (lambda _text: None)
     opened = Run.open(Path(run), model)
     bundle = opened.bundle(target.runtime)
-    out = Path(out) if out is not None else opened.folder / FOLDER / name
+    out = result_folder(Path(out) if out is not None else opened.folder / FOLDER / name, PROVENANCE)
     threads = threads or available_cores()
     with atomic_folder(out) as temporary:
         wanted = tuple(word.strip() for word in options.split(",") if word.strip())
@@ -106,12 +106,25 @@ def ship(
         job.choose(target.options)
         entries = target.write(job)
         if not (temporary / "README.md").exists():
-            write_text(temporary / CARD, (bundle.folder / CARD).read_text(encoding="utf-8"))
+            write_text(temporary / CARD, _card(bundle, entries))
         write_provenance(opened, bundle, name, temporary)
         say(f"proving {name}")
         _write_proofs(temporary, bundle, entries, threads)
         write_sums(temporary)
     return out
+
+
+def _card(bundle: Bundle, entries: Sequence[Entry]) -> str:
+    """The bundle's model card, and whose figures it has where the files here are others."""
+    card = (bundle.folder / CARD).read_text(encoding="utf-8")
+    facts = bundle.facts
+    if all(entry.runtime == facts["runtime"] for entry in entries):
+        return card
+    return (
+        f"{card.rstrip()}\n\nThe figures above are of {facts['model_file']}, {facts['quantisation']} on "
+        f"{facts['runtime']}. The files here were made of the same weights for another runtime; what was measured of "
+        "them is in bundle.json.\n"
+    )
 
 
 def _write_proofs(folder: Path, bundle: Bundle, entries: Sequence[Entry], threads: int) -> None:

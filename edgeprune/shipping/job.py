@@ -65,8 +65,14 @@ class Job:
         return there
 
     def write_bundle_json(self, model_file: str, **more: Any) -> None:
-        """Write what an app has to know, with the name that the model file has in this target."""
-        write_json(self.out / BUNDLE_JSON, {**self.bundle.facts, "model_file": model_file, **more})
+        """Write what an app has to know, with the name that the model file has in this target.
+
+        Another runtime's or quantisation's file is not the measured one: of its figures only those in `more` are told.
+        """
+        facts = {**self.bundle.facts, "model_file": model_file, **more}
+        if any(facts[key] != self.bundle.facts[key] for key in ("runtime", "quantisation")):
+            facts |= {"predicted": None, "memory_need_mib": None, "settings": {}, "measured": more.get("measured")}
+        write_json(self.out / BUNDLE_JSON, facts)
 
     def graph_facts(self, path: str, runtime: str) -> dict[str, Any]:
         """What is known of a file made here: its bytes, and its quality where the run's reference is still there."""

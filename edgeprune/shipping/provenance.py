@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.files import write_json, write_text
+from edgeprune.models import LICENCES, copy_files
 from edgeprune.shipping.run import Bundle, Run
 
 PROVENANCE = "provenance.json"
@@ -46,10 +47,10 @@ def _data(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_licence(run: Run, bundle: Bundle, out: Path) -> None:
-    """The base model's LICENSE file where it came with one, else a note that names the licence."""
-    licence, source = bundle.facts["licence"], bundle.folder / "LICENSE"
-    if source.is_file():
-        write_text(out / "LICENSE", source.read_text(encoding="utf-8", errors="replace"))
+    """The base model's licence file where it came with one, else a note that names the licence."""
+    licence = bundle.facts["licence"]
+    copy_files(bundle.folder, out, LICENCES)
+    if any((out / name).is_file() for name in LICENCES):
         return
     named = f"under the licence {licence!r}" if licence else "and its files do not say under which licence"
     write_text(

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgeprune.checkpoint import GGUF_TOKENIZER
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import read_json, write_json, write_text
-from edgeprune.models import copy_companions
+from edgeprune.models import HUB_ID, copy_companions
 from edgeprune.per_layer import KEY
 from edgeprune.shipping.job import Entry, Job
 
@@ -34,9 +34,10 @@ def _card(job: Job, *, per_layer: bool) -> str:
     """The bundle's model card, with what the hub reads at its head and what differs for the weights unquantised."""
     text = (job.bundle.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     head, _, body = text.removeprefix("---\n").partition("---\n")
-    head += (
-        f"library_name: transformers\npipeline_tag: text-generation\nbase_model: {job.run.record['model']['name']}\n"
-    )
+    head += "library_name: transformers\npipeline_tag: text-generation\n"
+    name = str(job.run.record["model"]["name"])
+    if HUB_ID.fullmatch(name) and not Path(name).exists():  # a folder here tells others nothing
+        head += f"base_model: {name}\n"
     notes = [
         f"These are the weights unquantised. The figures above are of {job.bundle.facts['model_file']}, "
         f"{job.bundle.facts['quantisation']}, which was made of them.",

@@ -80,12 +80,8 @@ def _onnx(job: Job, place: Place) -> tuple[Entry, str]:
     return Entry(path, "onnxruntime"), onnxruntime_loader(job, place, layout.model)
 
 
-def _head(job: Job, place: Place, file: str, library: str) -> str:
-    memory = f"{job.bundle.facts['memory_need_mib']:.0f} MiB"
-    return (
-        f"// Loads {place.folder.as_posix()}/{file} in {library}, as it was fitted; it needs {memory} of memory.\n"
-        f"// {place.how}\n"
-    )
+def _head(place: Place, file: str, library: str, more: str = "") -> str:
+    return f"// Loads {place.folder.as_posix()}/{file} in {library}{more}.\n// {place.how}\n"
 
 
 def onnxruntime_loader(job: Job, place: Place, file: str) -> str:
@@ -99,7 +95,7 @@ def onnxruntime_loader(job: Job, place: Place, file: str) -> str:
     }
     body = importlib.resources.files("edgeprune.shipping") / "mobile" / "answer.ts"
     return (
-        _head(job, place, file, "onnxruntime-react-native")
+        _head(place, file, "onnxruntime-react-native")
         + "import { InferenceSession, Tensor } from 'onnxruntime-react-native'\n\n"
         + f"const THREADS = {facts['threads']}\n"
         + f"const CONTEXT = {facts['n_ctx']}\n"
@@ -112,7 +108,8 @@ def onnxruntime_loader(job: Job, place: Place, file: str) -> str:
 def llama_rn_loader(job: Job, place: Place) -> str:
     """The TypeScript that opens the model in llama.rn with the settings that it was measured with."""
     facts = job.bundle.facts
-    head = _head(job, place, MODEL, "llama.rn")
+    memory = f", as it was fitted; it needs {facts['memory_need_mib']:.0f} MiB of memory"
+    head = _head(place, MODEL, "llama.rn", memory)
     return f"""{head}import {{ initLlama, type LlamaContext }} from 'llama.rn'
 
 export type Message = {{ role: 'system' | 'user' | 'assistant'; content: string }}
