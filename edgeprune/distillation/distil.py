@@ -59,7 +59,7 @@ def auto(student: bool, labelled: bool) -> str:
     """The method that did best in `benchmarks/distillation_*.py`; for recovery none did better than random text."""
     if labelled:
         return "gradient-matching"
-    return "random" if student else "distribution-matching"
+    return "random" if student else "herding"
 
 
 def record_path(out: Path) -> Path:
