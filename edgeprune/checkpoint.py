@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _HEADER_LIMIT = 100 << 20  # bytes; the library's own limit
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -113,7 +113,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
     Others may lie beside them: repositories of Mistral have the same weights again under other names.
     """
-    one, index = folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json"
+    one, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
     if one.is_file():
         return [one]
     if not index.is_file():
