@@ -7,7 +7,7 @@ from pathlib import Path
 from edgeprune.checkpoint import GGUF_TOKENIZER, WEIGHTS, Checkpoint
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import read_json, write_json, write_text
-from edgeprune.models import COMPANIONS, HUB_ID, copy_files
+from edgeprune.models import COMPANIONS, HUB_ID
 from edgeprune.per_layer import KEY
 from edgeprune.shipping.job import Entry, Job
 
@@ -20,7 +20,7 @@ def write(job: Job) -> list[Entry]:
     config = {key: value for key, value in read_json(source / "config.json").items() if key != "auto_map"}
     write_json(job.out / "config.json", config)
     weights = [path.name for path in Checkpoint(source).files]
-    copy_files(source, job.out, [*weights, f"{WEIGHTS}.index.json", *COMPANIONS])
+    job.copy(*weights, f"{WEIGHTS}.index.json", *COMPANIONS, source=source)
     (job.out / GGUF_TOKENIZER).unlink(missing_ok=True)  # for edgeprune alone; tokenizer.json says the same
     job.copy("prune_plan.json")
     job.write_bundle_json(".", runtime="pytorch", quantisation=None)
