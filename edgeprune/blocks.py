@@ -236,11 +236,12 @@ class LayeredModel:
         self._calls: list[dict[str, Any]] = []
 
     @torch.no_grad()
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The residual stream before the first layer.
 
         Args:
             ids: (windows, length), all real tokens.
+            out: receives it; None: a new tensor.
 
         Returns:
             (windows, length, hidden), float32.
@@ -249,20 +250,21 @@ class LayeredModel:
         embedding.weight = nn.Parameter(self._tensor(f"{self.family.embedding}.weight"), requires_grad=False)
         body = self._skeleton.get_submodule(self.family.layers.rpartition(".")[0])
         norm, path = self._skeleton.get_submodule(self.family.final_norm), self.family.final_norm
-        result = []
+        result = torch.empty(*ids.shape, self.shape.hidden) if out is None else out
         try:
             self._skeleton.set_submodule(path, nn.Identity())
-            for part in torch.split(ids, _WINDOWS_AT_ONCE):
-                body(input_ids=part, use_cache=False)
+            for start in range(0, len(ids), _WINDOWS_AT_ONCE):
+                part = slice(start, start + _WINDOWS_AT_ONCE)
+                body(input_ids=ids[part], use_cache=False)
                 hidden = self._recorders[0].hidden
                 assert hidden is not None
-                result.append(hidden)
+                result[part] = hidden
             body(input_ids=ids[:1], use_cache=False)  # what layers are called with then fits a batch of any size
         finally:
             self._skeleton.set_submodule(path, norm)
             embedding.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         self._calls = [recorder.call for recorder in self._recorders]
-        return torch.cat(result)
+        return result
 
     def block(self, index: int) -> Block:
         """Layer `index`, with its weights; `embed` must have been called, for it tells how layers are called.
@@ -284,9 +286,14 @@ class LayeredModel:
             state[name] = tensor.to(self.dtype) if tensor.ndim > 1 else tensor
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
-        for each in module.modules():  # biases beside bfloat16 matrices must be bfloat16 too; norms stay float32
+        head_norms = {getattr(self.family, role) for role in self.family.head_norms}
+        # Biases beside bfloat16 matrices must be bfloat16 too, and norms of heads, which stand before a product of
+        # matrices; the other norms stay float32.
+        for name, each in module.named_modules():
             if isinstance(each, nn.Linear) and each.bias is not None:
                 each.bias = nn.Parameter(each.bias.to(self.dtype), requires_grad=False)
+            elif name in head_norms:
+                each.to(self.dtype)
         return Block(module.eval(), self.family, self._calls[index])
 
     def head(self) -> Head:

@@ -39,8 +39,9 @@ def test_halves_of_layers_add_up_to_the_stock_model(tmp_path: Path, name: str) -
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_is_near(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path, "llama")
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16_is_near(tmp_path: Path, name: str) -> None:
+    folder = save_tiny(tmp_path, name)
     ids = torch.randint(10, 250, (2, 40), generator=torch.Generator().manual_seed(1))
     exact = run(LayeredModel(Checkpoint(folder)), ids)
     rounded = run(LayeredModel(Checkpoint(folder), dtype=torch.bfloat16), ids)
