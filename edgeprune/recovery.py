@@ -214,6 +214,8 @@ class _Run:
             self.state.before = self.state.best = self._judge()
             self.best = self._copy()
         self.saved_at = self._elapsed()
+        if self.state.began is None:
+            self.state.began = self.saved_at
         while self._progress() < 1:
             self._step()
             if self._elapsed() - self.saved_at >= self.recipe.checkpoint_s:
@@ -234,6 +236,10 @@ class _Run:
 
     def _rate(self) -> float:
         progress = self._progress()
+        if self.recipe.max_steps is None:
+            # Of the time for steps: writing text and judging come before, and are no part of the warm-up.
+            began = cast("float", self.state.began)
+            progress = (self._elapsed() - began) / max(self.seconds - began, 1e-9)
         # How many steps there will be is known from how long the ones so far took.
         expected = self.recipe.max_steps or (self.state.steps + 1) / max(progress, 1e-3)
         return (self.recipe.rate or peak_rate(expected, cast("Held", self.state.before).kl)) * rate_share(

@@ -39,6 +39,7 @@ class State:
         position: windows taken from the endless shuffled sequence.
         tokens: predictions trained on.
         elapsed: seconds of the whole run.
+        began: of those, seconds before the first step; None: it is still to come.
         training_s: of those, seconds in steps, the teacher's too.
         teacher_s: of those, seconds in waiting for the teacher's records.
         skipped: steps whose gradient was not finite.
@@ -53,6 +54,7 @@ class State:
     position: int = 0
     tokens: int = 0
     elapsed: float = 0.0
+    began: float | None = None
     training_s: float = 0.0
     teacher_s: float = 0.0
     skipped: int = 0

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,28 @@ def test_number_formats_stay(make_llama: MakeLlama, tmp_path: Path) -> None:
 def test_time_ends_a_run(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
     result = run(student, tiny_folder, tmp_path / "out", replace(QUICK, max_steps=None), seconds=3.0)
     assert result.steps > 0 and result.seconds >= 3.0
+
+
+def test_the_warm_up_begins_with_the_first_step(
+    student: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it took to come there."""
+    from edgeprune import recovery
+
+    shares: list[float] = []
+
+    def share(progress: float, warmup: float) -> float:
+        shares.append(progress)
+        return rate_share(progress, warmup)
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(1.5)
+        return pack(*args, **kwargs)
+
+    monkeypatch.setattr(recovery, "rate_share", share)
+    monkeypatch.setattr(recovery, "pack", slowly)
+    run(student, tiny_folder, tmp_path / "out", replace(QUICK, max_steps=None), seconds=4.0)
+    assert shares[0] < 0.05 and 0.5 < shares[-1] <= 1 and shares == sorted(shares)
 
 
 def test_the_command(student: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
