@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from edgeprune.blocks import LayeredModel
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
-from edgeprune.files import atomic_file, read_json, write_json
+from edgeprune.files import atomic_file, read_json, result_folder, write_json
 from edgeprune.importance import text_hash
 from edgeprune.layerwise import Compensation, PrunedLayer, Streams, prune_layers, start_streams, widths_of
 from edgeprune.plan import LayerPlan, PrunePlan, keep_all
@@ -78,7 +78,7 @@ def prune_compensated(
     model = LayeredModel(Checkpoint(source), dtype=dtype or fast_dtype())
     if len(choices) != len(model.shape.layers):
         raise BadInput(f"{len(choices)} widths for a model of {len(model.shape.layers)} layers")
-    work = _Work(out.with_name(f"{out.name}.partial"), _key(model, ids, choices, how, origin))
+    work = _Work(out.with_name(f"{out.name}.partial"), _key(model, ids, choices, how))
     shape = model.shape
     # Behind the last layer that loses something nobody reads what the streams would be.
     until = 1 + max((i for i, choice in enumerate(choices) if widths_of(choice) != shape.layers[i]), default=-1)
@@ -105,9 +105,10 @@ def prune_compensated(
     return plan
 
 
-def _key(model: LayeredModel, ids: torch.Tensor, choices: Choices, how: Compensation, origin: Origin) -> str:
+def _key(model: LayeredModel, ids: torch.Tensor, choices: Choices, how: Compensation) -> str:
     described = [asdict(choice) for choice in choices]
-    depends = [SCHEMA_VERSION, origin.model_hash, text_hash(list(ids)), described, asdict(how), str(model.dtype)]
+    # Where tokens went, the model is another one than `origin` names.
+    depends = [SCHEMA_VERSION, model.checkpoint.hash(), text_hash(list(ids)), described, asdict(how), str(model.dtype)]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 
 
@@ -117,7 +118,8 @@ class _Work:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
         note = folder / "run.json"
-        if folder.exists() and not (note.exists() and read_json(note).get("key") == key):
+        result_folder(folder, note.name)
+        if note.exists() and read_json(note).get("key") != key:
             shutil.rmtree(folder)  # of another model, text or plan
         folder.mkdir(parents=True, exist_ok=True)
         if not note.exists():

@@ -9,7 +9,7 @@ from the same table (`allocation`), with no further forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,7 @@ def measure_damage(
     *,
     model_hash: str = "",
     text_hash: str = "",
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> DamageTable:
     """Measure the damage table.
@@ -162,6 +163,7 @@ def measure_damage(
         ids: text for the second moments, (windows, length).
         judged: other text, on which the KL is measured, (windows, length).
         how: the compensation; its target is the dense projection's own output, as everything before is dense.
+        partial: a file that keeps the layers done, as a table of fewer layers; the same call goes on from it.
     """
     how = Compensation(ridge=how.ridge, stream=0.0, weighted=how.weighted, solved=how.solved)
     embedded = model.embed(ids)
@@ -171,7 +173,9 @@ def measure_damage(
     end = _through(blocks, residual).flatten(0, 1)
     head = model.head().sample(end, JUDGED_TOKENS)
     reference = Reference.of(head, end)
-    attention, mlp, losses = [], [], []
+    done = DamageTable((), (), (), model_hash, text_hash)
+    if partial and partial.exists():
+        done = DamageTable.load(partial)
     for index, (block, dense) in enumerate(zip(blocks, model.shape.layers, strict=True)):
         rest = blocks[index + 1 :]
 
@@ -180,6 +184,11 @@ def measure_damage(
             return [reference.divergence(head, end.flatten(0, 1)) for end in ends]
 
         before = Streams(streams.dense.clone(), streams.dense) if block.family.parallel else streams
+        if index < len(done.mlp):
+            for half in HALVES:
+                run_half(block, half, streams, before, None, None)
+            residual = _through([block], residual)
+            continue
         began = residual
         for half in HALVES:
             moments = _dense_moments(block, half, streams, before, how)
@@ -189,17 +198,21 @@ def measure_damage(
                 first = [_narrowed(block, half, residual, inner, kept, weight) for _, kept, weight in heads]
                 ends = judge([_past_mlp(block, x, began) for x in first])
                 options = [HeadOption(o.heads, o.kv_heads, kl) for (o, _, _), kl in zip(heads, ends, strict=True)]
-                attention.append((HeadOption(dense.heads, dense.kv_heads, 0.0), *options))
+                attention = (HeadOption(dense.heads, dense.kv_heads, 0.0), *options)
             else:
                 widths, loss = _width_choices(moments, dense, how)
                 ends = judge([_narrowed(block, half, residual, inner, kept, weight) for _, kept, weight in widths])
                 found = [WidthOption(n, kl, loss[n]) for (n, _, _), kl in zip(widths, ends, strict=True)]
-                mlp.append((WidthOption(dense.neurons, 0.0, 0.0), *found))
-                losses.append(tuple(loss))
+                mlp = (WidthOption(dense.neurons, 0.0, 0.0), *found)
             residual = after_half(block, half, residual, inner)
+        done = replace(
+            done, attention=(*done.attention, attention), mlp=(*done.mlp, mlp), losses=(*done.losses, tuple(loss))
+        )
+        if partial:
+            done.save(partial)
         if progress:
             progress(index + 1, len(blocks))
-    return DamageTable(tuple(attention), tuple(mlp), tuple(losses), model_hash, text_hash)
+    return done
 
 
 def _dense_moments(block: Block, half: Half, streams: Streams, read: Streams, how: Compensation) -> Moments:

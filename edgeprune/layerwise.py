@@ -13,6 +13,8 @@ make up for r - r̃, and stream = y.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from edgeprune.blocks import HALVES, Block, Half, LayeredModel, projection_role
 from edgeprune.compensation import Moments, add_moments, mirrored, solve, token_weights
 from edgeprune.elimination import Surgeon, choose_heads, eliminate, rows_of
 from edgeprune.errors import BadInput
+from edgeprune.files import disk_errors
 from edgeprune.plan import LayerPlan
 from edgeprune.shape import LayerShape
 
@@ -106,10 +109,26 @@ def chunks(windows: int, length: int) -> Iterator[slice]:
 
 @dataclass
 class Streams:
-    """Residual streams of the dense and the pruned model, (windows, length, hidden) each, float32."""
+    """Residual streams of the dense and the pruned model, (windows, length, hidden) each, float32.
+
+    What is as large as they are lies in files in `folder` where that is much; without one, always in memory.
+    """
 
     dense: torch.Tensor
     pruned: torch.Tensor
+    folder: Path | None = None
+
+    def room(self, name: str, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """An unfilled (windows, length, width), until one of the same name is asked for."""
+        return _room((*self.dense.shape[:2], width), dtype, self.folder and self.folder / f"{name}.bin")
+
+    def copy(self) -> Streams:
+        """Both as they are now."""
+        dense, pruned = (
+            self.room(f"began-{name}", each.shape[-1], each.dtype).copy_(each)
+            for name, each in (("dense", self.dense), ("pruned", self.pruned))
+        )
+        return Streams(dense, pruned, self.folder)
 
 
 def run_half(
@@ -224,13 +243,13 @@ def prune_layer(
         StageFailed: second moments that cannot be solved with.
     """
     widths = widths_of(choice)
-    began = Streams(streams.dense.clone(), streams.pruned.clone()) if block.family.parallel else streams
+    began = streams.copy() if block.family.parallel else streams
     plan = LayerPlan(tuple(range(dense.kv_heads)), tuple(range(dense.heads)), tuple(range(dense.neurons)))
     tensors: dict[str, torch.Tensor] = {}
     for half in HALVES:
         what = f"{half} of layer {index}"
         projection = block.projection(half)
-        inner = torch.empty(*streams.dense.shape[:2], projection.in_features, dtype=projection.weight.dtype)
+        inner = streams.room("inner", projection.in_features, projection.weight.dtype)
         left = replace(dense, neurons=widths.neurons) if half == "mlp" else replace(widths, neurons=dense.neurons)
         gone = not (left.neurons if half == "mlp" else left.heads)
         moments = run_half(block, half, streams, began, inner, None if left == dense or gone else how)
@@ -312,14 +331,24 @@ def prune_layers(
 
 def start_streams(model: LayeredModel, ids: torch.Tensor, folder: Path) -> Streams:
     """Both streams before the first layer, on `ids`, (windows, length); large ones lie in files in `folder`."""
-    embedded = model.embed(ids)
-    return Streams(_placed(embedded, folder / "dense.bin"), _placed(embedded, folder / "pruned.bin"))
+    shape = (*ids.shape, model.shape.hidden)
+    dense, pruned = (_room(shape, torch.float32, folder / f"{name}.bin") for name in ("dense", "pruned"))
+    return Streams(model.embed(ids, dense), pruned.copy_(dense), folder)
 
 
-def _placed(values: torch.Tensor, path: Path) -> torch.Tensor:
-    """A copy of `values`, in memory or, where it is large, in a file mapped into memory."""
-    if values.nbytes <= _IN_MEMORY:
-        return values.clone()
+def _room(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> torch.Tensor:
+    """An unfilled tensor, in memory or, where it is large and there is a path for it, in a file mapped into memory.
+
+    Raises:
+        BadInput: a full disk.
+    """
+    size = math.prod(shape)
+    n_bytes = size * dtype.itemsize
+    if path is None or n_bytes <= _IN_MEMORY:
+        return torch.empty(shape, dtype=dtype)
     path.unlink(missing_ok=True)
-    mapped = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype).view(values.shape)
-    return mapped.copy_(values)
+    with disk_errors(path.parent), path.open("wb") as file:
+        # All of it at once: a page that finds no room on the disk later ends the process without a word.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

@@ -16,6 +16,7 @@ from edgeprune.blocks import LayeredModel
 from edgeprune.calibration import TextSet, retokenized, text_set
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.compensated import Origin, prune_compensated
+from edgeprune.corpus import corpus as read_corpus
 from edgeprune.damage import SCHEMA_VERSION as DAMAGE_SCHEMA
 from edgeprune.damage import DamageTable, measure_damage
 from edgeprune.energy import energy_scores
@@ -112,9 +113,11 @@ def cached_damage(source: Path, model_hash: str, texts: TextSet, *, progress: Pr
         how,
         model_hash=model_hash,
         text_hash=texts.hash,
+        partial=(partial := path.with_suffix(".partial.json")),
         progress=_stage(progress, "measuring what each layer can lose"),
     )
     table.save(path)
+    partial.unlink(missing_ok=True)
     return table
 
 
@@ -243,6 +246,11 @@ def prune(
     check_corpus(corpus, method)
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
+    if not 0.0 <= ratio < 1.0:
+        raise BadInput(f"ratio {ratio:g} is not in [0, 1)", where="--ratio", remedy="for example 0.2")
+    paths = [Path(path).expanduser() for path in corpus]
+    if paths:
+        read_corpus(paths)  # that it is there
     out = result_folder(Path(out), PLAN_FILE)
     if not isinstance(model, Model):
         model = load(model, say=None if progress is None else lambda text: progress(text, 0, 0))
@@ -260,8 +268,11 @@ def prune(
         progress=_stage(progress, "writing calibration text"),
     )
     if method == OBS:
-        paths = [Path(path).expanduser() for path in corpus]
-        return _prune_by_damage(model, texts, ratio, out, paths, align=align, uniform=uniform, progress=progress)
+        source, shape, model_hash = model.folder, model.shape, model.hash
+        del model  # layers are read one by one from here on
+        return _prune_by_damage(
+            source, shape, model_hash, texts, ratio, out, paths, align=align, uniform=uniform, progress=progress
+        )
     scores = METHODS[method](cached_scores(model, texts, ENERGY if method == ENERGY else AMP, progress=progress), seed)
     plan = plan_for(model.shape, scores, ratio, align=align, scope=scope)
     prune_checkpoint(model.folder, plan, out, progress=_stage(progress, "writing the checkpoint"))
@@ -269,7 +280,9 @@ def prune(
 
 
 def _prune_by_damage(
-    model: Model,
+    source: Path,
+    shape: ModelShape,
+    model_hash: str,
     texts: TextSet,
     ratio: float,
     out: Path,
@@ -280,15 +293,15 @@ def _prune_by_damage(
     progress: Progress | None,
 ) -> PrunePlan:
     """Widths, and with a corpus the vocabulary, by measured damage; compensated on text as the new tokens have it."""
-    tell_of_vocabulary(model.shape, corpus, progress)
-    table = cached_damage(model.folder, model.hash, texts, progress=progress)
+    tell_of_vocabulary(shape, corpus, progress)
+    table = cached_damage(source, model_hash, texts, progress=progress)
     vocabulary: tuple[VocabularyOption, ...] = ()
     if corpus:
-        vocabulary = vocabulary_damage(model.folder, model.hash, texts, corpus, progress=progress)
-    widths, size = widths_for(table, model.shape, ratio, align=align, uniform=uniform, vocabulary=vocabulary)
-    origin = Origin(OBS, ratio, model.hash, texts.hash, model.shape.parameters)
-    tokens = size if size != model.shape.vocab else None
-    return write_pruned(model.folder, texts, widths, tokens, corpus, out, origin=origin, progress=progress)
+        vocabulary = vocabulary_damage(source, model_hash, texts, corpus, progress=progress)
+    widths, size = widths_for(table, shape, ratio, align=align, uniform=uniform, vocabulary=vocabulary)
+    origin = Origin(OBS, ratio, model_hash, texts.hash, shape.parameters)
+    tokens = size if size != shape.vocab else None
+    return write_pruned(source, texts, widths, tokens, corpus, out, origin=origin, progress=progress)
 
 
 def write_pruned(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.errors import BadInput
 from edgeprune.families import Family
 from edgeprune.files import atomic_folder, write_json
 from edgeprune.models import copy_companions
@@ -136,6 +137,9 @@ def _save_shards(
     total = 0
     for done, (name, tensor) in enumerate(pruned_tensors(checkpoint, plan, replaced), start=1):
         stored = torch.from_numpy(tensor).to(_TORCH_DTYPES[checkpoint.dtype(name)])
+        if replaced and not stored.isfinite().all():
+            remedy = "convert the checkpoint to BF16 or F32"
+            raise BadInput(f"{name} no longer fits {checkpoint.dtype(name)}", where=checkpoint.folder, remedy=remedy)
         if shard and sum(t.nbytes for t in shard.values()) + stored.nbytes > _SHARD_BYTES:
             flush()
         shard[name] = stored

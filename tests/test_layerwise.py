@@ -165,12 +165,23 @@ def test_another_plan_does_not_go_on_with_it(tmp_path: Path, monkeypatch: pytest
     assert seen == [1, 2, 3]
 
 
-def test_large_hidden_states_lie_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_something_else_is_not_removed(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "dense", "llama")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "state.safetensors").touch()
+    with pytest.raises(BadInput, match=r"out\.partial: holds something else"):
+        prune_compensated(folder, text(), narrowed(folder), Compensation(), tmp_path / "out", origin=ORIGIN)
+    assert (tmp_path / "out.partial" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])  # a parallel block keeps what the layer began with, too
+def test_large_hidden_states_lie_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    folder = save_tiny(tmp_path / "dense", name)
     in_memory, _ = pruned(folder, narrowed(folder), Compensation())
     monkeypatch.setattr("edgeprune.layerwise._IN_MEMORY", 0)
     on_disk, _ = pruned(folder, narrowed(folder), Compensation())
     assert (folder / "dense.bin").stat().st_size == 8 * 48 * 64 * 4
+    assert (folder / "inner.bin").exists() and (folder / "began-dense.bin").exists() == (name == "phi")
     assert [layer.plan for layer in in_memory] == [layer.plan for layer in on_disk]
 
 
@@ -194,6 +205,31 @@ def test_damage_grows_with_what_is_removed(tmp_path: Path, name: str) -> None:
         assert 0 < table.mlp_damage(index, 96) <= table.mlp_damage(index, 32) <= table.mlp_damage(index, 0)
     table.save(tmp_path / "table.json")
     assert DamageTable.load(tmp_path / "table.json") == table
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_an_interrupted_table_goes_on_where_it_was(tmp_path: Path, name: str) -> None:
+    folder = save_tiny(tmp_path / "dense", name)
+
+    def table(partial: Path | None = None, stop: int = 0) -> DamageTable:
+        def look(done: int, _: int) -> None:
+            seen.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        model = LayeredModel(Checkpoint(folder))
+        return measure_damage(model, text(), text(2, seed=9), Compensation(), partial=partial, progress=look)
+
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        table(tmp_path / "partial.json", stop=2)
+    seen.clear()
+    found, whole = table(tmp_path / "partial.json"), table()
+    assert seen == [3, 1, 2, 3]
+    for layer in range(3):
+        resumed, expected = ([option.damage for option in each.attention[layer]] for each in (found, whole))
+        assert resumed == pytest.approx(expected, rel=1e-4)
+        assert found.mlp_damage(layer, 64) == pytest.approx(whole.mlp_damage(layer, 64), rel=1e-4)
 
 
 def test_damage_is_the_divergence_of_the_changed_model(tmp_path: Path) -> None:

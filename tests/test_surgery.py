@@ -122,6 +122,17 @@ def test_a_failed_write_leaves_the_old_folder(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_weights_that_no_longer_fit_their_format_are_refused(make_llama: MakeLlama, tmp_path: Path) -> None:
+    folder = make_llama(dtype=torch.float16)
+
+    def replaced(name: str) -> np.ndarray | None:
+        return None if name != "model.layers.1.mlp.down_proj.weight" else np.full((64, 128), 1e6, np.float32)
+
+    with pytest.raises(BadInput, match=r"mlp\.down_proj\.weight no longer fits F16; convert the checkpoint"):
+        prune_checkpoint(folder, keep_all(Checkpoint(folder).shape), tmp_path / "out", replaced=replaced)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plan_for_another_model_is_refused(tiny_folder: Path, make_llama: MakeLlama, tmp_path: Path) -> None:
     other = make_llama(num_hidden_layers=2)
     with pytest.raises(BadInput, match="layers"):
