@@ -65,7 +65,7 @@ def read_texts(path: Path) -> Iterator[str]:
     Raises:
         BadInput: unreadable, no UTF-8, broken JSON (with its line), or no text in it.
     """
-    return (text for text, _ in read_weighted(path))
+    return (text for text, _ in _texts(path))
 
 
 def read_weighted(path: Path) -> Iterator[tuple[str, float]]:
@@ -74,17 +74,34 @@ def read_weighted(path: Path) -> Iterator[tuple[str, float]]:
     Raises:
         BadInput: as `read_texts`, or a weight that is no number above 0.
     """
+    for number, (text, weight) in enumerate(_texts(path), start=1):
+        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise BadInput(f"text {number} has weight {weight!r}", where=path, remedy="give a number above 0")
+        yield text, float(weight)
+
+
+def _texts(path: Path) -> Iterator[tuple[str, Any]]:
+    """The texts of a file, and what their records have for a weight."""
     found = False
-    for number, record in enumerate(_records(path), start=1):
+    for record in _records(path):
         if text := record_text(record):
-            weight = record.get("weight", 1.0) if isinstance(record, dict) else 1.0
-            if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-                raise BadInput(f"record {number} has weight {weight!r}", where=path, remedy="give a number above 0")
             found = True
-            yield text, float(weight)
+            yield text, record.get("weight", 1.0) if isinstance(record, dict) else 1.0
     if not found:
         fields = ", ".join(TEXT_FIELDS)
         raise BadInput(f"it is empty, or no record has a text field ({fields})", where=path)
+
+
+def weighted_texts(source: str) -> Iterator[tuple[str, float]]:
+    """The texts of a file, or of a hub dataset's stream, with what each counts for.
+
+    Raises:
+        BadInput: as `read_weighted`, or no dataset of that name can be read.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return read_weighted(path)
+    return ((text, 1.0) for text in map(record_text, hub_records(source)) if text)
 
 
 def weights_of(texts: Sequence[tuple[str, float]] | None) -> list[float] | None:
@@ -183,9 +200,7 @@ def text_set(
     """
     if source is None:
         return self_generated(model, count=count, length=length, seed=seed, progress=progress)
-    path = Path(source).expanduser()
-    texts = read_texts(path) if path.exists() else filter(None, map(record_text, hub_records(source)))
-    return take(model, texts, source, count=count, length=length)
+    return take(model, (text for text, _ in weighted_texts(source)), source, count=count, length=length)
 
 
 def self_generated(

@@ -79,12 +79,13 @@ def corpus(paths: Sequence[Path]) -> Corpus:
 
 
 def record_text(record: Any, fields: Sequence[str] = TEXT_FIELDS) -> str:
-    """The text of one JSON record: its `fields`, joined in the record's order."""
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, dict):
-        return ""
-    return "\n".join(v for k, v in record.items() if k in fields and isinstance(v, str) and v)
+    """The text of one JSON record: its `fields`, joined in the record's order.
+
+    Half of a character that UTF-16 writes in two, which JSON's escapes can hold and no text, becomes "?".
+    """
+    if isinstance(record, dict):
+        record = "\n".join(v for k, v in record.items() if k in fields and isinstance(v, str) and v)
+    return record.encode("utf-8", "replace").decode() if isinstance(record, str) else ""
 
 
 def _open(file: Path) -> IO[str]:

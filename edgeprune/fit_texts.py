@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.calibration import TextSet, held_out_text, read_texts, read_weighted, text_set
+from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set, weighted_texts
 from edgeprune.distillation.distil import distil
+from edgeprune.files import sha256
 from edgeprune.making import RecoveryText
 from edgeprune.models import Model
 from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, GIVEN_TEXTS
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 # 16 windows tell apart what differs by a few per cent in KL on the demo model; more would only take longer.
 HELD_OUT_WINDOWS = 16
 HELD_OUT_LENGTH = 512
+# A hub dataset may be terabytes. This is some 16 million tokens, more than a day of training on two cores takes.
+HUB_CHARACTERS = 1 << 26
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,16 +42,36 @@ def calibration_text(model: Model, settings: FitOptions, distilled: Path, progre
 
 
 def recovery_text(source: Path, settings: FitOptions, distilled: Path) -> RecoveryText:
-    """What recovery trains on: what the calibration text is distilled to, or all of the calibration file, if there is
-    one; else the dense model writes."""
+    """What recovery trains on: what the calibration text is distilled to, else the calibration text (of a hub dataset
+    its first `HUB_CHARACTERS`), else what the dense model writes."""
 
     def give(pruned: Path, progress: Progress | None) -> list[tuple[str, float]] | None:
-        path = Path(settings.calibration).expanduser() if settings.calibration else None
-        if path and settings.distill:
-            path = _distilled(source, pruned, settings, distilled / "recovery.jsonl", progress)
-        return list(read_weighted(path)) if path and path.exists() else None
+        name = settings.calibration
+        if name is None:
+            return None
+        if settings.distill:
+            name = str(_distilled(source, pruned, settings, distilled / "recovery.jsonl", progress))
+        texts = weighted_texts(name)
+        return list(texts if Path(name).expanduser().exists() else up_to(texts, HUB_CHARACTERS))
 
     return give
+
+
+def recovery_key(settings: FitOptions) -> str:
+    """Tells apart what recovery trains on: the text, what it is distilled to, and the seed."""
+    name = settings.calibration
+    path = None if name is None else Path(name).expanduser()
+    text = sha256(path) if path is not None and path.is_file() else name
+    return json.dumps([text, settings.distill, settings.seed])
+
+
+def up_to(texts: Iterator[tuple[str, float]], characters: int) -> Iterator[tuple[str, float]]:
+    """The first texts, until they hold so many characters."""
+    for text, weight in texts:
+        yield text, weight
+        characters -= len(text)
+        if characters <= 0:
+            return
 
 
 def _distilled(model: Path, student: Path | None, settings: FitOptions, out: Path, progress: Progress | None) -> Path:

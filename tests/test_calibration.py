@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from edgeprune.calibration import licence_of, read_texts, self_generated, text_set
+from edgeprune.calibration import licence_of, read_texts, read_weighted, self_generated, text_set
 from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir
 from edgeprune.models import Model
@@ -120,6 +120,20 @@ def test_bad_files_say_where_and_what(tmp_path: Path, name: str, content: bytes,
     with pytest.raises(BadInput, match=message) as caught:
         list(read_texts(path))
     assert str(path) in str(caught.value)
+
+
+def test_half_a_character_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"text": "cut \\ud83d here"}\n"alone \\udc00"\n')
+    assert list(read_texts(path)) == ["cut ? here", "alone ?"]
+
+
+def test_weights_matter_to_those_who_use_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "One."}\n{"text": "Two.", "weight": null}\n')
+    assert list(read_texts(path)) == ["One.", "Two."]
+    with pytest.raises(BadInput, match="text 2 has weight None; give a number above 0"):
+        list(read_weighted(path))
 
 
 def test_a_name_that_is_no_file_and_no_dataset(tiny: Model) -> None:

@@ -465,6 +465,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short")
+def test_a_student_that_lost_nothing(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Where nothing diverges, no text is worth more than another."""
+    out, tokens = tmp_path / "a.jsonl", LENGTH * 8
+    options: dict[str, Any] = {"model": tiny_folder, "student": tiny_folder, "tokens": tokens, "length": LENGTH}
+    assert distil.distil([str(text_file)], out, method="divergence", **options).texts >= 4
+
+
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if entry.kind != "make"])
 def test_every_method_writes_texts(
     method: str, tiny_folder: Path, student: Path, text_file: Path, tmp_path: Path

@@ -67,8 +67,14 @@ class LabelledReadings:
         """Gradients of other texts at the same points, of their raw means, (m, hidden), and labels, (m,)."""
         self._fit()
         points = torch.from_numpy(self._standard(means))
-        parts = [part / scale for part, scale in zip(self._raw(points, labels), self._scales, strict=True)]
-        return np.concatenate(parts, axis=1)
+        found: Floats | None = None
+        for i, (part, scale) in enumerate(zip(self._raw(points, labels), self._scales, strict=True)):
+            width = part.shape[1]
+            if found is None:
+                found = np.empty((len(part), width * len(self._scales)), np.float32)
+            np.divide(part, scale, out=found[:, i * width : (i + 1) * width])
+        assert found is not None
+        return found
 
     def agrees(self, means: Floats, labels: Indices) -> NDArray[np.bool_]:
         """Whether the classifier, trained on the pool, gives other texts these labels, (m,)."""
