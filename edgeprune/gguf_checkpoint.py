@@ -33,8 +33,9 @@ from edgeprune.files import atomic_folder, write_json
 from edgeprune.per_layer import check_layers, config_widths
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import LayerShape, ModelShape
-from edgeprune.tokenizer import save_tokenizer, special_ids
+from edgeprune.tokenizer import end_ids, save_tokenizer, special_ids
 
+SCHEMA = 2  # of the folder: 1 named no end but the text's
 _ROTARY_TOLERANCE = 1e-4  # relative; the factors are float32
 
 
@@ -66,7 +67,10 @@ def gguf_to_folder(source: Path, out: Path) -> Path:
     ids = special_ids(file)
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", _config(shape, ids))
-        write_json(folder / "generation_config.json", {f"{role}_token_id": ids[role] for role in _kept(ids)})
+        generation: dict[str, Any] = {f"{role}_token_id": ids[role] for role in _kept(ids)}
+        if len(ends := end_ids(file)) > 1:
+            generation["eos_token_id"] = list(ends)
+        write_json(folder / "generation_config.json", generation)
         save_tokenizer(file, folder, max_length=shape.max_positions)
         general = {key: value for key, value in file.values("general.").items() if key not in FILE_KEYS}
         write_metadata(folder / GGUF_TOKENIZER, file.architecture, {**general, **file.values("tokenizer.")})

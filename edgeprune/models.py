@@ -93,9 +93,10 @@ def checkpoint_folder(path: Path, *, say: Say | None = None) -> Path:
     """
     if path.is_dir():
         return path
+    from edgeprune.gguf_checkpoint import SCHEMA as GGUF_SCHEMA
     from edgeprune.gguf_checkpoint import gguf_to_folder
 
-    folder = cache_dir() / "checkpoints" / sha256(path)[:16]
+    folder = cache_dir() / "checkpoints" / f"{sha256(path)[:16]}-{GGUF_SCHEMA}"
     if not (folder / "config.json").exists():
         if say:
             say(f"dequantising {path.name}")

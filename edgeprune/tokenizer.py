@@ -70,6 +70,17 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
 _BY_NAME = {name: pre for pre in PRE_TOKENIZERS for name in pre.names}
 
 SPECIAL_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+# Where a turn ends besides, by key and by what llama.cpp takes for an end in the families here (src/llama-vocab.cpp).
+END_KEYS = ("eot_token_id", "eom_token_id")
+END_TEXTS = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+)
 _SENTENCEPIECE_DEFAULTS = {"bos": 1, "eos": 2, "unk": 0}  # llama.cpp's, where the file names none
 
 
@@ -98,6 +109,27 @@ def special_ids(file: GgufFile) -> dict[str, int]:
             raise BadInput(f"tokenizer.ggml.{key} is {token}, outside the vocabulary of {count}", where=file.path)
         found[role] = token
     return found
+
+
+def end_ids(file: GgufFile) -> tuple[int, ...]:
+    """Ids of the tokens after which nothing more is generated: the end of the text first, then those of a turn.
+
+    Raises:
+        BadInput: an id outside the vocabulary.
+    """
+    tokens = _tokens(file)
+    types = _numbers(file, "tokenizer.ggml.token_type", len(tokens)) or [CONTROL] * len(tokens)
+    ids = special_ids(file)
+    found = [ids["eos"]] if "eos" in ids else []
+    for key in END_KEYS:
+        token = file.get(f"tokenizer.ggml.{key}", int)
+        if token is not None and token != 0xFFFFFFFF:
+            if not 0 <= token < len(tokens):
+                raise BadInput(f"tokenizer.ggml.{key} is {token}, outside the vocabulary", where=file.path)
+            found.append(token)
+    marks = (CONTROL, USER_DEFINED)
+    found += [i for i, token in enumerate(tokens) if token in END_TEXTS and types[i] in marks]
+    return tuple(dict.fromkeys(found))
 
 
 def _tokens(file: GgufFile) -> list[str]:

@@ -24,6 +24,7 @@ from edgeprune.families import FAMILIES
 from edgeprune.gguf_checkpoint import gguf_to_folder, llama3_scaling
 from edgeprune.runtimes.gguf_file import GgufFile, Value
 from edgeprune.shape import LayerShape, ModelShape
+from edgeprune.tokenizer import end_ids
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -82,6 +83,29 @@ def test_there_and_back(changes: dict[str, Any], make_llama: MakeLlama, tmp_path
     assert AutoTokenizer.from_pretrained(back)(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
     # Verbatim from here on: a second file has the very same vocabulary.
     assert vocabulary(write_gguf(back, tmp_path / "again.gguf", dtype="F32")) == vocabulary(tmp_path / "m.gguf")
+
+
+def test_a_turn_ends_where_the_file_says_and_where_llamacpp_would(make_llama: MakeLlama, tmp_path: Path) -> None:
+    file = GgufFile(write_gguf(make_llama(), tmp_path / "m.gguf"))
+    assert end_ids(file) == (0,)
+    tokens = list(file.metadata["tokenizer.ggml.tokens"])
+    types = np.array(file.metadata["tokenizer.ggml.token_type"])
+    tokens[40], types[40] = "<end_of_turn>", 3
+    tokens[41], types[41] = "<|eot_id|>", 1  # a word like any other, here
+    file.metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    file.metadata["tokenizer.ggml.eot_token_id"] = 50
+    assert end_ids(file) == (0, 50, 40)
+    file.metadata["tokenizer.ggml.eot_token_id"] = len(tokens)
+    with pytest.raises(BadInput, match=r"eot_token_id is \d+, outside the vocabulary"):
+        end_ids(file)
+
+
+def test_ends_of_a_turn_reach_the_folder(
+    tmp_path: Path, make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.gguf_checkpoint.end_ids", lambda _file: (0, 7))
+    back = gguf_to_folder(write_gguf(make_llama(), tmp_path / "m.gguf"), tmp_path / "back")
+    assert Checkpoint(back).shape.eos == (0, 7)
 
 
 def test_metadata(make_llama: MakeLlama, tmp_path: Path) -> None:
