@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgeprune.shape import LayerShape
 
 KEY = "per_layer_config"
+MOST_LAYERS = 4096  # a config is read before any tensor, and must not decide alone how much memory that takes
 ATTENTION, MLP = "attention", "mlp"  # what `skip` can name
 # Key of config.json -> field of LayerShape.
 WIDTHS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "intermediate_size": "neurons"}
@@ -46,6 +47,8 @@ def read_layers(
     Raises:
         BadInput: a layer that there is not or that is there twice, an override that is not known, an impossible width.
     """
+    if count > MOST_LAYERS:
+        raise BadInput(f"{count} layers are more than {MOST_LAYERS}", where=where, remedy="give a model's own config")
     layers = [general] * count
     entries = config.get(KEY)
     if entries is None:

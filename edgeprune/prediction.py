@@ -143,6 +143,13 @@ def predict_size(
     return _prediction(profile, f"{parameters / 1e9:.3g} B", quantisation, cost, prompt, budget, tuple(assumed))
 
 
+def _most_heads(file: GgufFile) -> int:
+    """Query heads of the widest layer; raises `BadInput` where no layer has any."""
+    if most := max((layer.heads for layer in file.widths()), default=0):
+        return most
+    raise BadInput("no layer has attention", where=file.path, remedy="not supported")
+
+
 def _cost_of_file(
     file: GgufFile, profile: DeviceProfile, threads: int | None, context: int, depth: int
 ) -> tuple[Cost, str]:
@@ -150,7 +157,7 @@ def _cost_of_file(
     tied = "output.weight" not in file.tensors
     embedding = file.tensor("token_embd.weight").shape
     name = quantisation_of(file)
-    head_dim = file.get(f"{file.architecture}.attention.key_length", int) or embedding[1] // file.widths()[0].heads
+    head_dim = file.get(f"{file.architecture}.attention.key_length", int) or embedding[1] // _most_heads(file)
     kv_values = sum(2 * layer.kv_heads * head_dim for layer in file.widths())
     repacked = sum(
         tensor.n_bytes for tensor in file.tensors.values() if tensor.name.startswith("blk.") and tensor.type in REPACKED

@@ -22,6 +22,8 @@ from edgeprune.errors import BadInput
 MODEL = "model.onnx"
 _SIZE_LIMIT = 2 << 30  # bytes; protobuf's own limit of a message
 _DEPTH_LIMIT = 32  # messages inside messages
+_COUNT_LIMIT = 1 << 20  # nodes and tensors: an empty one is two bytes of the file, and a thousand times that here
+_RANK_LIMIT = 16
 _VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5  # wire types; 3 and 4, groups, are not in ONNX
 
 # Message -> {field: message}: every way by which a TensorProto can be reached from a ModelProto.
@@ -254,6 +256,8 @@ def _walk(data: mmap.mmap, start: int, stop: int, message: str, found: _Found, *
     """Collect what the message in data[start:stop] holds, itself and the messages inside it."""
     if depth > _DEPTH_LIMIT:
         raise _Malformed(f"messages nested more than {_DEPTH_LIMIT} deep")
+    if len(found.nodes) + len(found.tensors) > _COUNT_LIMIT:
+        raise _Malformed(f"more than {_COUNT_LIMIT} nodes and tensors")
     if message == "tensor":
         found.tensors.append(_tensor(data, start, stop))
         return
@@ -295,6 +299,8 @@ def _integers(data: mmap.mmap, field_: Field) -> list[int]:
     while start < stop:
         value, start = _varint(data, start, stop)
         values.append(value)
+        if len(values) > _RANK_LIMIT:
+            raise _Malformed(f"a tensor of more than {_RANK_LIMIT} dimensions")
     return values
 
 
@@ -307,6 +313,8 @@ def _tensor(data: mmap.mmap, start: int, stop: int) -> Tensor:
         number, wire, first, last = item
         if number == 1:
             dimensions += _integers(data, item)
+            if len(dimensions) > _RANK_LIMIT:
+                raise _Malformed(f"a tensor of more than {_RANK_LIMIT} dimensions")
         elif number in (2, 14):
             if wire != _VARINT:
                 raise _Malformed("a tensor's type is no number")
@@ -321,7 +329,7 @@ def _tensor(data: mmap.mmap, start: int, stop: int) -> Tensor:
                 raise _Malformed(f"tensor {name!r} has external data twice")
             external[entry.get(1, "")] = entry.get(2, "")
     label, bits = _DTYPES.get(dtype, (f"type {dtype}", 0))
-    if any(dimension >= 1 << 40 for dimension in dimensions) or len(dimensions) > 16:
+    if any(dimension >= 1 << 40 for dimension in dimensions):
         raise _Malformed(f"tensor {name!r} has dimensions {dimensions}")
     nbytes = -(-math.prod(dimensions) * bits // 8)
     if not external and location != 1:

@@ -204,7 +204,8 @@ def test_hostile_external_data(exported: Path, tmp_path: Path, change: Change, m
         OnnxRuntime(tmp_path, n_ctx=8, threads=1)
 
 
-def test_broken_files(exported: Path, tmp_path: Path) -> None:
+def test_broken_files(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.runtimes.onnx_file._COUNT_LIMIT", 1000)
     whole = (exported / "model.onnx").read_bytes()
     field = _field(7, onnx.GraphProto(name="g").SerializeToString())
     nested = b""
@@ -215,6 +216,8 @@ def test_broken_files(exported: Path, tmp_path: Path) -> None:
         "wire type": b"\x0b\x0c",
         "there twice": field + field,
         "nested more": _field(7, nested),
+        "more than 1000 nodes and tensors": _field(7, _field(1, b"") * 2000),
+        "more than 16 dimensions": _field(7, _field(5, _field(1, b"\x01" * 17))),
         "no ONNX graph": b"",
         "more than ten bytes": b"\xff" * 20,
     }
