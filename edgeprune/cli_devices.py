@@ -63,7 +63,10 @@ def devices_measure(
         typer.Option("--name", help="Keep it as a profile of this name. Default: as that of this machine, host."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", "-d", help="Profile to take memory and budget from. Default: host.")
+        str | None,
+        typer.Option(
+            "--device", "-d", help="Profile to take memory and budget from. Default: the board's own entry, else host."
+        ),
     ] = None,
     threads: Annotated[
         str | None,
@@ -77,7 +80,7 @@ def devices_measure(
 
     Where llama.cpp finds a GPU, the processor is measured first and then the GPU, which the profile then starts from.
     """
-    from edgeprune.boards import place
+    from edgeprune.boards import device_of, place
     from edgeprune.device_measure import ROUNDS_S, measure_device, save_profile
     from edgeprune.devices import load_profile
     from edgeprune.files import config_dir
@@ -88,8 +91,10 @@ def devices_measure(
     from edgeprune.runtimes.tuning import thread_counts
 
     there = place(board)
-    if board is not None and (name is None or device is None):
-        raise BadInput("a board's profile needs a name and one to begin with", remedy="add --name NAME --device rpi5")
+    if board is not None:
+        device = device or device_of(board)
+        if name is None:
+            raise BadInput("a board's profile needs a name", remedy="add --name NAME")
     base = unmeasured_profile() if device is None else load_profile(device)
     if name is not None:
         base = base.renamed(name)

@@ -24,6 +24,7 @@ from edgeprune.heldout import Window, digest, held_out
 from edgeprune.metrics import Accumulator, Coded, compare, encode
 from edgeprune.runtimes import open_runtime, runtime_for
 from edgeprune.runtimes.base import Logits, Runtime
+from edgeprune.runtimes.bench import cpu_info
 from edgeprune.runtimes.isolate import Execute, run_isolated
 
 SCHEMA = 2  # 1 read no BOS
@@ -42,12 +43,7 @@ class MeasuredOn:
 
 def machine() -> str:
     """The operating system and processor of this machine, as records name it."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{platform.system()} {platform.machine()}, {name}"
+    return f"{platform.system()} {platform.machine()}, {cpu_info()}"
 
 
 @dataclass(frozen=True)

@@ -389,7 +389,9 @@ def cpu_info() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return platform.processor() or platform.machine()
+        from edgeprune.host import gather  # host builds on this package
+
+        return gather().brand or platform.machine()
     named: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")

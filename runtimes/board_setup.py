@@ -47,6 +47,15 @@ def requirements(runtimes: Sequence[str], *, exact: bool = True) -> list[str]:
     return found
 
 
+def _told(link: Link, command: Sequence[str]) -> Any:
+    """What a command there prints last, as JSON; before that the board's shell may greet."""
+    lines = link.call(list(command)).splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError) as error:
+        raise StageFailed("its shell printed what was not asked for", where=link.board) from error
+
+
 def setup(
     link: Link, wanted: Sequence[str], *, wheels: Path | None = None, say: Say = lambda _: None
 ) -> dict[str, Any]:
@@ -67,13 +76,13 @@ def setup(
     files = sorted(wheels.glob("*.whl")) if wheels else []
     if wheels is not None and not files:
         raise BadInput("no wheels there", where=wheels, remedy="pip download, or pip wheel, for the board's platform")
-    version, machine = json.loads(link.call(["python3", "-c", _PROBE]))
+    version, machine = _told(link, ["python3", "-c", _PROBE])
     if tuple(version) < LEAST_PYTHON:
         least = ".".join(map(str, LEAST_PYTHON))
         raise StageFailed(f"its Python is {version[0]}.{version[1]}", where=board, remedy=f"{least} at least is needed")
     stamp = {"requirements": list(wanted), "python": version, "wheels": [file.name for file in files]}
     link.call(["mkdir", "-p", "-m", "700", folder])
-    if json.loads(link.call(["python3", "-c", _SHOW, f"{folder}/{STAMP}"])) == stamp:
+    if _told(link, ["python3", "-c", _SHOW, f"{folder}/{STAMP}"]) == stamp:
         say("it is set up already")
         return link.agent("hello")
     say(f"making an environment ({machine}, Python {version[0]}.{version[1]})")

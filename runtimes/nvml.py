@@ -23,9 +23,12 @@ def process_mib(pid: int) -> float | None:
     if library is None:
         return None
     total, told = 0.0, False
-    for index in range(library.nvmlDeviceGetCount()):
-        handle = library.nvmlDeviceGetHandleByIndex(index)
-        for process in library.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == pid and process.usedGpuMemory is not None:
-                total, told = total + process.usedGpuMemory / 2**20, True
+    try:
+        for index in range(library.nvmlDeviceGetCount()):
+            handle = library.nvmlDeviceGetHandleByIndex(index)
+            for process in library.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == pid and process.usedGpuMemory is not None:
+                    total, told = total + process.usedGpuMemory / 2**20, True
+    except library.NVMLError:  # a virtual GPU, or a part of one without the right to ask
+        return None
     return total if told else None

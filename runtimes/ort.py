@@ -90,9 +90,11 @@ class OnnxRuntime:
         # A slice per cache tensor; positions are axis 2 of (1, kv_heads, positions, head_dim)
         length = n_ctx if self._in_place else 0
         self._cache = {
-            name: np.zeros((1, inputs[name].shape[1], length, inputs[name].shape[3]), _DTYPES[inputs[name].type])
+            name: np.empty((1, inputs[name].shape[1], length, inputs[name].shape[3]), _DTYPES[inputs[name].type])
             for name in past
         }
+        for buffer in self._cache.values():
+            buffer.fill(0)  # unlike np.zeros it touches every page, and so the cache counts as memory while it is empty
         self._binding = self._session.io_binding()
         self._ids = np.zeros((1, n_ctx), np.int64)
         self._mask = np.ones((1, n_ctx), np.int64)

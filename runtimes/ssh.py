@@ -238,6 +238,9 @@ class Link:
 
     def send(self, path: Path, progress: Progress | None = None) -> str:
         """Bring a file or folder there; its path there. What is there is not sent again, what is half there goes on."""
+        if path.suffix == ".onnx" and path.is_file():
+            # Its weights lie beside it.
+            return f"{self.send(path.parent, progress)}/{path.name}"
         files = {path.name: path} if path.is_file() else _files(path)
         manifest = {name: self._hash(file) for name, file in files.items()}
         there = self.agent("have", *manifest.values())
@@ -332,7 +335,8 @@ class Link:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    if line.endswith(b"\n"):  # else the link broke in the midst of it
+                    # One without an end was cut by the link; others are of the board's shell, which greets.
+                    if line.endswith(b"\n") and line.startswith(b"{"):
                         yield json.loads(line)
                 if code := process.wait():
                     errors.seek(0)

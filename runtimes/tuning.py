@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgeprune.errors import BadInput
 from edgeprune.runtimes import runtime_class, runtime_for
 from edgeprune.runtimes.bench import GATE_S
 from edgeprune.runtimes.isolate import Execute, run_isolated
@@ -134,10 +135,17 @@ def tune(
             best = rivals[winner]
 
     contest("threads", [replace(best, threads=count) for count in threads[1:]])
+    refused: BadInput | None = None
     for setting, known in table.items():
         if setting not in fixed and (known.lossless or setting in lossy):
             others = [replace(best, settings={**best.settings, setting: value}) for value in known.values[1:]]
-            contest(setting, others)
+            try:
+                contest(setting, others)
+            except BadInput as error:
+                # The table is of the build here: a GPU that the build knows may not be there, least of all on a board.
+                refused = error
+    if refused and not tried:
+        raise refused
     return Tuned(best, tuple(tried))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import save_llama
+from typer.testing import CliRunner
 
 from edgeprune.boards import device_of, find_board, read_boards
 from edgeprune.cli import app
@@ -414,9 +415,13 @@ def test_an_unknown_name_names_the_known(named: str) -> None:
 def test_the_entry_says_which_device_it_is(named: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="loop: which device the board is, nothing says; add --device"):
         device_of(named)
+    with pytest.raises(BadInput, match="which device the board is"):
+        CliRunner().invoke(app, ["devices", "measure", "--board", named, "--name", "mine"], catch_exceptions=False)
     with (tmp_path / "config" / "edgeprune" / "boards.toml").open("a") as file:
         file.write('device = "rpi5"\n')
     assert device_of(named) == "rpi5" and device_of(None) == "host"
+    with pytest.raises(BadInput, match="a board's profile needs a name; add --name NAME"):
+        CliRunner().invoke(app, ["devices", "measure", "--board", named], catch_exceptions=False)
 
 
 # A lab
@@ -512,6 +517,8 @@ def tiny_wheel(folder: Path, name: str, version: str) -> Path:
 def test_setting_up_from_wheels_and_once(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.runtimes.ssh._UNPACK", "import sys; sys.stdin.read()")  # no numpy there: no agent
     monkeypatch.setattr(Link, "agent", lambda self, command: {"asked": command})
+    call = Link.call  # a shell there that greets
+    monkeypatch.setattr(Link, "call", lambda self, *a, **k: "Welcome!\n" + call(self, *a, **k))
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     fresh = replace(board, python=None)
@@ -529,6 +536,30 @@ def test_setting_up_from_wheels_and_once(board: Board, tmp_path: Path, monkeypat
     assert said == ["it is set up already"]
     with pytest.raises(StageFailed, match="No matching distribution found for other"):
         setup(Link(fresh), ["other==2.0"], wheels=wheels)
+
+
+def test_a_shell_that_greets(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = [sys.executable, "-c", "print('Welcome!'); print('{\"progress\": 1}'); print('{\"outcome\": 2}')"]
+    monkeypatch.setattr(Board, "command", lambda self, remote: talk)
+    assert list(Link(board)._lines(["follow"])) == [{"progress": 1}, {"outcome": 2}]
+
+
+def test_a_graph_is_sent_with_its_weights(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "genai_config.json"):
+        (folder / name).write_text(name)
+    sent: list[str] = []
+
+    def agent(self: Link, *command: str, send: bytes = b"") -> dict[str, Any]:
+        if command[0] == "tree":
+            sent.extend(json.loads(send))
+            return {"path": "/there/tree"}
+        return {digest: {"complete": True} for digest in command[1:]}
+
+    monkeypatch.setattr(Link, "agent", agent)
+    assert Link(board).send(folder / "model.onnx") == "/there/tree/model.onnx"
+    assert sorted(sent) == ["genai_config.json", "model.onnx", "model.onnx.data"]
 
 
 def test_the_board_gets_the_versions_of_this_machine() -> None:

@@ -11,11 +11,13 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from edgeprune.errors import BadInput, StageFailed
+from edgeprune.runtimes import nvml
 from edgeprune.runtimes.isolate import Outcome, memory_mib, run_isolated
 
 HERE = Path(__file__).stem
@@ -283,3 +285,24 @@ def test_output_beyond_a_pipes_room_neither_blocks_nor_piles_up() -> None:
     assert outcome.status == "ok"
     assert outcome.output.endswith("the end\n")
     assert len(outcome.output) < 10_000
+
+
+def test_a_gpu_that_tells_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a virtual one does not."""
+
+    class NVMLError(Exception):
+        pass
+
+    def refuse(_handle: object) -> None:
+        raise NVMLError
+
+    library = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=refuse,
+    )
+    monkeypatch.setattr(nvml, "_nvml", lambda: library)
+    assert nvml.process_mib(1) is None
+    library.nvmlDeviceGetComputeRunningProcesses = lambda _: [SimpleNamespace(pid=1, usedGpuMemory=3 << 20)]
+    assert nvml.process_mib(1) == 3.0 and nvml.process_mib(2) is None

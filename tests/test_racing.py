@@ -194,6 +194,24 @@ def test_tuning_takes_what_is_faster_and_leaves_noise(monkeypatch: pytest.Monkey
     assert found.to_json()["threads"] == 2 and len(found.to_json()["tried"]) == len(found.tried)
 
 
+def test_a_setting_that_cannot_be_had_there_is_left_out(monkeypatch: pytest.MonkeyPatch, tiny_gguf: Path) -> None:
+    """As on a board without the GPU that llama.cpp here was built for."""
+    refused: list[object] = []
+
+    def speed(options: dict[str, Any], test: str) -> float:
+        if "n_ubatch" in options["settings"]:
+            refused.append(options["settings"])
+            raise BadInput("no such thing there")
+        return 120.0 if options["settings"].get("flash_attn") is False else 100.0
+
+    fake_bench(monkeypatch, speed)
+    found = tune(tiny_gguf, threads=[2])
+    assert dict(found.best.settings) == {"flash_attn": False} and refused
+    fake_bench(monkeypatch, lambda options, test: speed({**options, "settings": {"n_ubatch": 1}}, test))
+    with pytest.raises(BadInput, match="no such thing there"):  # nothing could be raced at all
+        tune(tiny_gguf, threads=[2])
+
+
 @pytest.mark.parametrize(("cores", "counts"), [(1, [1]), (2, [2, 1]), (4, [4, 3, 2, 1]), (8, [8, 6, 4, 1])])
 def test_thread_counts(cores: int, counts: list[int]) -> None:
     assert thread_counts(cores) == counts
