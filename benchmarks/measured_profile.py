@@ -57,7 +57,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for kind in arguments.quantisations:
             target = target_for(kind)
-            path = target.format.export(source, Path(scratch) / f"{kind}.gguf", kind, Path(scratch), profile.threads)
+            path = target.format.export(
+                source, Path(scratch) / f"{kind}.gguf", kind, Path(scratch), threads=profile.threads
+            )
             found = predict_file(path, profile).cost.decode_tps
             result = bench(path, n_prompt=0, threads=profile.threads)
             if result.tg is None:

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -31,7 +32,7 @@ from edgeprune.cli_ship import To, report, ship, targets_of, verify
 from edgeprune.cli_talk import chat, serve
 from edgeprune.cli_vocabulary import vocabulary
 from edgeprune.cores import available_cores, container_quota
-from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, missing_extra
+from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, StageFailed, missing_extra
 from edgeprune.files import result_folder
 from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
 
@@ -77,7 +78,10 @@ def fit(
         str | None, typer.Option("--runtime", help="Only this runtime: llamacpp or onnxruntime.")
     ] = None,
     ratios: Annotated[
-        str | None, typer.Option("--ratios", help="Shares of all parameters to try removing, by commas: 0.1,0.2 …")
+        str | None,
+        typer.Option(
+            "--ratios", help="With --method amp: shares of all parameters to try removing, by commas: 0.1,0.2 …"
+        ),
     ] = None,
     calibration: Calibration = None,
     distill: Annotated[
@@ -107,7 +111,7 @@ def fit(
         typer.Option(
             "--max-candidates",
             min=1,
-            help="Pruned candidates to make at most. Default: 2 (amp: 10).",
+            help="Pruned candidates to make at most, beside the other runtime's best. Default: 2 (amp: 10).",
             show_default=False,
         ),
     ] = None,
@@ -134,7 +138,8 @@ def fit(
     from edgeprune.models import resolve
     from edgeprune.runtimes.bench import GATE_S
 
-    profile = load_profile(device or device_of(board))
+    named = device or device_of(board)
+    profile = load_profile(named)
     budget = Budget.of(
         profile, min_tokens_per_s=min_tps, max_memory_mib=max_memory, max_file_mib=max_file, context=context
     )
@@ -179,7 +184,7 @@ def fit(
             return
         result = run_fit(
             model,
-            profile,
+            named,
             budget,
             out=out,
             on_proposal=lambda proposal: print_proposal(proposal, estimate(proposal, FitOptions(**chosen))),
@@ -251,6 +256,16 @@ def export(
             metavar="FILE|DATASET",
         ),
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            "-c",
+            min=1,
+            help="Of ONNX: positions that fit in its cache. Default: the model's, at most 8192.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Export a model to a GGUF file or an ONNX folder that stock runtimes load."""
@@ -267,6 +282,8 @@ def export(
     if out.suffix != target.format.suffix:
         wanted = f"a file that ends in {target.format.suffix}" if target.format.suffix else "a folder without a suffix"
         raise BadInput(f"{quant} needs {wanted}", where=out, remedy="choose another --out")
+    if context is not None and (target.format.positions is None or exporter == "optimum"):
+        raise BadInput(f"{quant} is not made for a context", where="--context", remedy="leave it out")
     if not target.format.suffix:
         out = result_folder(out, "model.onnx")
     source = resolve(model)
@@ -291,7 +308,8 @@ def export(
             elif calibration:
                 raise BadInput(f"{quant} needs no text", where="--calibration", remedy="leave it out")
             stages(f"writing {target.quantisation}", 0, 0)
-            target.format.export(folder, out, target.quantisation, Path(scratch), threads or available_cores())
+            threads = threads or available_cores()
+            target.format.export(folder, out, target.quantisation, Path(scratch), threads=threads, context=context)
     console.print(f"written to {out} ({look(out).file_bytes / (1 << 20):.1f} MiB)", soft_wrap=True)
 
 
@@ -357,7 +375,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
-            raise
+            _tell_bug()
         problem(str(missing_extra(package, EXTRAS[package])))
         sys.exit(BadInput.exit_code)
     except BrokenPipeError:
@@ -366,6 +384,15 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            _tell_bug()
         problem(f"the disk is full ({error.filename or error.strerror}); free some space and run the command again")
         sys.exit(BadInput.exit_code)
+    except Exception:
+        _tell_bug()
+
+
+def _tell_bug() -> NoReturn:
+    """End after an exception that nothing foresaw; not with 1, which says something of a measurement."""
+    traceback.print_exc()
+    problem("the lines above are a bug of edgeprune; please report them")
+    sys.exit(StageFailed.exit_code)

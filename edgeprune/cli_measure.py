@@ -35,7 +35,8 @@ BoardName = Annotated[
     typer.Option("--board", help="Measure there: ssh://user@host[:port], or a name in boards.toml.", metavar="BOARD"),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of the runtime: flash_attn=off, n_ubatch=128 …")
+    list[str] | None,
+    typer.Option("--set", help="A setting of the runtime: flash_attn=off, n_ubatch=128, spinning=off …"),
 ]
 
 
@@ -81,7 +82,7 @@ def bench(
     """Measure speed, time to first token and memory, each test in a process of its own, with llama-bench's names."""
     from edgeprune.boards import place
     from edgeprune.errors import StageFailed
-    from edgeprune.runtimes.bench import GATE_S
+    from edgeprune.runtimes.bench import GATE_S, BenchResult
     from edgeprune.runtimes.bench import bench as run_bench
     from edgeprune.runtimes.records import render
     from edgeprune.runtimes.settings import parse
@@ -104,9 +105,13 @@ def bench(
     if scheduler is not None:
         raise BadInput("--scheduler goes with --boards", remedy="name the file of boards")
     there = place(board, threads)
-    results = [run_bench(path, threads=there.threads, execute=there.execute, **options) for path in paths]
-    if records := [record for result in results for record in result.records]:
-        sys.stdout.write(render(records, output.value).rstrip("\n") + "\n")
+    results: list[BenchResult] = []
+    try:
+        for path in paths:
+            results.append(run_bench(path, threads=there.threads, execute=there.execute, **options))
+    finally:  # what is measured is told, whatever stops the rest
+        if records := [record for result in results for record in result.records]:
+            sys.stdout.write(render(records, output.value).rstrip("\n") + "\n")
     for path, result in zip(paths, results, strict=True):
         if result.status != "ok":
             raise StageFailed(f"{result.status}: {result.reason}", where=path)

@@ -53,7 +53,7 @@ def prune(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a model to a checkpoint that stock transformers loads."""
+    """Prune a model to a checkpoint folder; with --uniform, stock transformers loads it."""
     from edgeprune.models import resolve
     from edgeprune.targets import target_for
 

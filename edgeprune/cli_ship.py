@@ -30,7 +30,7 @@ def targets_of(to: list[str] | None) -> list[str]:
     """The targets of `--to`, each once. A comma before an option of the target before belongs to that.
 
     Raises:
-        BadInput: an unknown target.
+        BadInput: an unknown target, or one with two options, which would be one folder.
     """
     from edgeprune.errors import unknown
     from edgeprune.shipping import TARGETS
@@ -43,7 +43,13 @@ def targets_of(to: list[str] | None) -> list[str]:
             names.append(word)
         else:
             raise unknown("target", word, TARGETS)
-    return list(dict.fromkeys(names))
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if twice := [other for other in names if other != name and other.partition(":")[0] == name.partition(":")[0]]:
+            raise BadInput(
+                f"{name} and {twice[0]} would be one folder", where="--to", remedy="ship them one by one, with --out"
+            )
+    return names
 
 
 def ship(

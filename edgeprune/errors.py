@@ -48,6 +48,7 @@ class StageFailed(EdgepruneError):
 
 # Packages that only an extra brings, and which.
 EXTRAS = {
+    "pynvml": "cuda",
     "torch": "prune",
     "transformers": "prune",
     "safetensors": "prune",

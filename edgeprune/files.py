@@ -132,6 +132,33 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold the lock of the file `path`, so that two processes do not write into its folder at once.
+
+    Where the system or the file system has no such locks, nothing is held.
+
+    Raises:
+        BadInput: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(
+                "another run is at work there", where=path.parent, remedy="give this one its own --out"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+        yield
+
+
 def result_folder(path: Path, *marks: str) -> Path:
     """`path`, absolute, where a command may write a folder: new, empty, or an earlier result, which it replaces.
 

@@ -22,8 +22,15 @@ from edgeprune.cores import available_cores
 from edgeprune.corpus import corpus
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
-from edgeprune.files import cache_dir, read_json, result_folder, write_json
-from edgeprune.fit_texts import HELD_OUT_LENGTH, HELD_OUT_WINDOWS, calibration_text, held_out, recovery_text
+from edgeprune.files import cache_dir, only_one, read_json, result_folder, write_json
+from edgeprune.fit_texts import (
+    HELD_OUT_LENGTH,
+    HELD_OUT_WINDOWS,
+    calibration_text,
+    held_out,
+    recovery_key,
+    recovery_text,
+)
 from edgeprune.heldout import scripts
 from edgeprune.judging import JudgedOn, Measured, choose, verdict
 from edgeprune.making import Maker
@@ -63,7 +70,7 @@ class FitOptions:
 
     Attributes:
         targets: what to export to; each belongs to one runtime.
-        ratios: shares of all parameters to try removing; dense is always among them.
+        ratios: of method "amp": shares of all parameters to try removing; dense is always among them.
         calibration: text to score on, a file or hub dataset; None: the model writes its own.
         held_out: text to judge on, a file; None: the model writes its own, other than the calibration's.
         distill: tokens that the calibration text is distilled to, once for calibration and, with the pruned model at
@@ -138,6 +145,8 @@ def prepare(
     """
     say = None if progress is None else lambda text: progress(text, 0, 0)
     check_corpus(options.corpus, options.method)
+    if options.method == OBS and options.ratios != RATIOS:
+        raise BadInput("obs finds the shares itself", where="--ratios", remedy="leave it out, or add --method amp")
     if options.distill and options.calibration is None:
         raise BadInput("there is no text to distil", where="--distill", remedy="name it with --calibration")
     if options.corpus:
@@ -202,8 +211,25 @@ def fit(
     source, proposal = prepare(model, profile, budget, settings, progress=progress)
     if on_proposal:
         on_proposal(proposal)
+    named = device if isinstance(device, str) else profile.name
     out = _writable(Path(out) if out else Path("runs") / f"{_plain(str(model))}-{profile.name}")
+    with only_one(out / TRIALS):
+        return _fit(source, proposal, out, settings, there, started, device=named, progress=progress)
 
+
+def _fit(
+    source: Path,
+    proposal: Proposal,
+    out: Path,
+    settings: FitOptions,
+    there: Place,
+    started: float,
+    *,
+    device: str,
+    progress: Progress | None,
+) -> FitResult:
+    """The long part of `fit`: what is proposed, made and measured in the run's folder `out`, which is ours alone."""
+    profile, budget = proposal.profile, proposal.budget
     if not settings.resume:
         for folder in ("work", CHECKPOINTS):
             shutil.rmtree(out / folder, ignore_errors=True)
@@ -235,9 +261,11 @@ def fit(
         reference,
         settings.threads,
         bench=profile.at_hand,
+        device=profile.name,
         gate_s=settings.gate_s,
         place=there,
         context=budget.context,
+        recovery=recovery_key(settings) if settings.recovery_s else "",
         make=Maker(
             source,
             model_hash,
@@ -326,6 +354,7 @@ def fit(
         },
         plan=workshop.vocabulary_plan(result.chosen),
         options=settings,
+        device=device,
         samples=samples,
         seconds=time.monotonic() - started,
     )

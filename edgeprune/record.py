@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import edgeprune
 from edgeprune.candidates import RATIOS
+from edgeprune.cores import available_cores
 from edgeprune.corpus import corpus
 from edgeprune.errors import BadInput
 from edgeprune.files import sha256
@@ -154,6 +155,7 @@ def fit_record(
     calibration: dict[str, Any],
     plan: VocabularyPlan | None,
     options: FitOptions,
+    device: str,
     samples: Sequence[dict[str, str]],
     seconds: float,
 ) -> dict[str, Any]:
@@ -187,11 +189,12 @@ def fit_record(
         "corpus": _corpus_record(result, options, plan),
         "candidates": candidates,
         "chosen": result.chosen.name,
+        "chosen_plan": result.chosen.plan_hash,  # names have rounded shares
         "verdict": result.verdict,
         "samples": list(samples),
         "stopped_early": len(result.trials) < len(proposal.to_measure) + proposal.plans_to_make,
         "environment": environment(),
-        "commands": {"again": _command(result, options)},
+        "commands": {"again": _command(result, options, device)},
         "seconds": round(seconds, 1),
     }
 
@@ -212,12 +215,12 @@ def _corpus_record(result: FitResult, options: FitOptions, plan: VocabularyPlan 
     }
 
 
-def _command(result: FitResult, options: FitOptions) -> str:
-    """The command line that makes the same run again."""
+def _command(result: FitResult, options: FitOptions, device: str) -> str:
+    """The command line that makes the same run again; `device` as it was named."""
     budget = result.proposal.budget
     values: dict[str, Any] = {
         "--model": result.proposal.model,
-        "--device": result.proposal.profile.name,
+        "--device": device,
         "--min-tps": budget.min_tokens_per_s,
         "--max-memory": budget.max_memory_mib,
         "--max-file": budget.max_file_mib,
@@ -229,6 +232,7 @@ def _command(result: FitResult, options: FitOptions) -> str:
         "--ratios": ",".join(f"{r:g}" for r in options.ratios) if options.ratios != RATIOS else None,
         "--max-candidates": options.limit,
         "--method": options.method,
+        "--threads": options.threads if options.threads != available_cores() else None,
         "--board": options.board,
         "--recover": f"{options.recovery_s:g}s" if options.recovery_s else None,
         "--seed": options.seed,

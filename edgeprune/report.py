@@ -54,8 +54,8 @@ def write_plot(
             y,
             xerr=[[x - speed.low], [speed.high - x]],
             yerr=[[max(0.0, y - max(far.low, 1e-6))], [max(0.0, far.high - y)]],
-            fmt="*" if candidate.name == chosen.name else "o",
-            markersize=15 if candidate.name == chosen.name else 6,
+            fmt="*" if candidate.key == chosen.key else "o",
+            markersize=15 if candidate.key == chosen.key else 6,
             color=colours.get(candidate.target.runtime, "#555555"),
             ecolor="#bbbbbb",
             elinewidth=1,
@@ -150,7 +150,7 @@ def measured_table(result: FitResult) -> tuple[list[str], list[list[str]]]:
 
     rows = []
     for candidate, trial in sorted(result.trials, key=far):
-        name = f"**{candidate}**" if candidate.name == result.chosen.name else str(candidate)
+        name = f"**{candidate}**" if candidate.key == result.chosen.key else str(candidate)
         name += "" if candidate.fits else " (does not fit)"
         size = sum(f["bytes"] for f in trial.files.values()) / (1 << 20)
         cost = (str(candidate.cost.decode_tps), str(candidate.cost.memory_mib))

@@ -99,7 +99,9 @@ def view(folder: Path) -> dict[str, Any]:
 
 def chosen_of(record: Json) -> Json:
     """The candidate that a record says was chosen."""
-    found: Json = next(each for each in record["candidates"] if each["name"] == record["chosen"])
+    plan = record.get("chosen_plan")  # records of before 2026-11-27 have none
+    named = [each for each in record["candidates"] if each["name"] == record["chosen"]]
+    found: Json = next(each for each in named if plan in (None, each["plan"]["sha256"]))
     return found
 
 

@@ -206,6 +206,8 @@ def measure_all(
 ) -> list[Measured]:
     """Trials of the candidates to measure, each logged when it is finished; known ones are not repeated.
 
+    One that failed earlier is tried again: what another program took of memory or time may be there now.
+
     Args:
         late: whether the time is over: then no further candidate is measured, if one of these fits.
         before: what was measured earlier, which counts among these.
@@ -215,6 +217,8 @@ def measure_all(
     for candidate in proposal.to_measure:
         key = trial_key(candidate, model_hash, workshop)
         trial = known.get(key)
+        if trial is not None and trial.status != "ok":
+            trial = None
         if trial is None and candidate.dense and key in shared:
             trial = shared[key]
             append_trial(log, trial)

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from edgeprune.errors import BadInput, unknown
 from edgeprune.export.gguf_types import QUANTISATIONS, canonical, recipe, tensor_types, tensors
 from edgeprune.export.gguf_types import alignment as gguf_alignment
 from edgeprune.export.gguf_types import fallbacks as gguf_fallbacks
 from edgeprune.export.gguf_types import predicted_bytes as gguf_bytes
+from edgeprune.export.onnx_types import MAX_CONTEXT
 from edgeprune.runtimes.gguf_file import tensor_bytes
 from edgeprune.shape import ModelShape
 
@@ -22,6 +24,19 @@ REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})  # in the layers; ggml
 IMATRIX = "imatrix.gguf"  # of the checkpoint to export, in the scratch folder
 
 Parts = Mapping[str, int]  # bytes by part of the model: "embedding", "head", "attention", "mlp", "norms"
+
+
+class Export(Protocol):
+    """Writes the checkpoint in `folder` to `out` with a quantisation; returns `out`.
+
+    Args:
+        scratch: a folder for what is made on the way, and where an importance matrix is.
+        context: positions the file is made for, where it is made for a number of them; None: the format's default.
+    """
+
+    def __call__(
+        self, folder: Path, out: Path, kind: str, scratch: Path, *, threads: int, context: int | None = None
+    ) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,8 @@ class Format:
         fallbacks: one line for each kind of tensor that cannot have the type asked for.
         per_layer: whether it carries widths that differ from layer to layer, for a model of a shape.
         repacked: bytes of weights that the runtime keeps a second, reordered copy of.
-        export: (checkpoint folder, output path, quantisation, scratch folder, threads) -> the path written.
+        export: writes a checkpoint; see `Export`.
+        positions: how many a file for a context is made for; None: it is not made for a number of them.
         suffix: of the output path.
     """
 
@@ -53,11 +69,14 @@ class Format:
     fallbacks: Callable[[ModelShape, str], list[str]]
     repacked: Callable[[ModelShape, str], int]
     per_layer: Callable[[ModelShape], bool]
-    export: Callable[[Path, Path, str, Path, int], Path]
+    export: Export
+    positions: Callable[[int], int] | None = None
     suffix: str = ""
 
 
-def _export_gguf(folder: Path, out: Path, kind: str, scratch: Path, threads: int) -> Path:
+def _export_gguf(
+    folder: Path, out: Path, kind: str, scratch: Path, *, threads: int, context: int | None = None
+) -> Path:
     from edgeprune.export.gguf_quantise import quantise
     from edgeprune.export.gguf_writer import write_gguf
 
@@ -99,10 +118,12 @@ def _gguf_types(shape: ModelShape, kind: str) -> Mapping[str, int]:
     return totals
 
 
-def _export_onnx(folder: Path, out: Path, kind: str, _scratch: Path, _threads: int) -> Path:
+def _export_onnx(
+    folder: Path, out: Path, kind: str, scratch: Path, *, threads: int, context: int | None = None
+) -> Path:
     from edgeprune.export.onnx_graph import export_onnx
 
-    return export_onnx(folder, out, precision=kind)
+    return export_onnx(folder, out, precision=kind, context=context)
 
 
 def _onnx_parts(shape: ModelShape, kind: str) -> Parts:
@@ -153,6 +174,7 @@ FORMATS: dict[str, Format] = {
             repacked=lambda _shape, _kind: 0,
             per_layer=lambda _shape: True,
             export=_export_onnx,
+            positions=lambda context: max(context, MAX_CONTEXT),
         ),
     )
 }

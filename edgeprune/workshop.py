@@ -16,19 +16,20 @@ from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
 from edgeprune.cross_quality import evaluate_across
 from edgeprune.errors import StageFailed
-from edgeprune.files import atomic_folder
+from edgeprune.files import atomic_folder, sha256
 from edgeprune.heldout import stretches
 from edgeprune.imatrix import provide_imatrix
-from edgeprune.models import copy_companions
+from edgeprune.models import COMPANIONS, copy_companions
 from edgeprune.plan import PrunePlan, WidthPlan
 from edgeprune.quality import TextQuality, evaluate
 from edgeprune.record import SCHEMA_VERSION, Trial, environment, files_of
-from edgeprune.reference import load_reference
+from edgeprune.reference import load_reference, machine
 from edgeprune.runtimes.bench import GATE_S, bench
 from edgeprune.runtimes.isolate import run_isolated
 from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.runtimes.records import to_dict
 from edgeprune.runtimes.settings import Values
+from edgeprune.runtimes.ssh import LinkBroken
 from edgeprune.shape import ModelShape
 from edgeprune.surgery import PLAN_FILE
 from edgeprune.targets import IMATRIX
@@ -37,6 +38,7 @@ from edgeprune.vocabulary_plan import VocabularyPlan
 
 TIMEOUT_S = 1800.0
 BENCH_CONTEXT = 513  # what pp512 and the token after it need
+DENSE = "plan-dense"  # begins the name of the folder for what exporting the dense model needs on the way
 
 Progress = Callable[[str, int, int], None]
 # Writes the checkpoint of a pruned candidate to a folder.
@@ -54,9 +56,11 @@ class Workshop:
         threads: int,
         *,
         bench: bool,
+        device: str = "",
         gate_s: float | None = GATE_S,
         place: Place | None = None,
         context: int,
+        recovery: str = "",
         make: Make,
         texts: TextSet,
         checkpoints: Path | None = None,
@@ -69,9 +73,11 @@ class Workshop:
         self.reference = reference
         self.threads = threads
         self.bench = bench  # the device is at hand
+        self.device = device  # its profile's name: a board in another power mode has another
         self.gate_s = gate_s
         self.place = place or Place(run_isolated, threads)
         self.context = context
+        self.recovery = recovery  # tells what recovery trains on, and with which seed
 
     def export(self, candidate: Candidate, progress: Progress | None = None) -> Path:
         """The exported file or folder of a candidate, made at first use."""
@@ -88,7 +94,15 @@ class Workshop:
                     copy_companions(checkpoint, kept)
         if candidate.target.needs_imatrix:
             provide_imatrix(checkpoint, scratch / IMATRIX, texts=self.texts)
-        return candidate.target.format.export(checkpoint, out, candidate.target.quantisation, scratch, self.threads)
+        target = candidate.target
+        return target.format.export(
+            checkpoint, out, target.quantisation, scratch, threads=self.threads, context=self.positions(candidate)
+        )
+
+    def positions(self, candidate: Candidate) -> int | None:
+        """How many its file is made for, where its format is made for a number of them."""
+        wanted = candidate.target.format.positions
+        return None if wanted is None else min(wanted(self.context), candidate.shape.max_positions)
 
     def checkpoint(self, candidate: Candidate, progress: Progress | None = None, *, alone: bool = True) -> Path:
         """The checkpoint that a candidate is exported from, made at first use.
@@ -101,19 +115,23 @@ class Workshop:
         folder = self.checkpoints / self.identity(candidate)
         if not folder.exists():
             # Candidates come plan by plan: what one needed on the way goes when the next begins.
-            keep = (self._scratch(candidate), self.folder / "plan-dense")
             for old in self.folder.glob("plan-*"):
-                if old not in keep:
+                if old != self._scratch(candidate) and not old.name.startswith(DENSE):
                     shutil.rmtree(old)
             if alone and isinstance(candidate.plan, PrunePlan):
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                for old in self.checkpoints.glob("*"):
+                    if old.name != f"{folder.name}.partial":  # a training run that was interrupted goes on
+                        shutil.rmtree(old)
             self.make(candidate, folder, progress)
         return folder
 
     def identity(self, candidate: Candidate) -> str:
-        """Names the weights of a pruned candidate, whatever they are exported to."""
-        depends = [candidate.plan_hash, self.reference.name, self.texts.hash, candidate.recovery_s]
+        """Names the weights of a candidate, of this model by these texts, whatever they are exported to."""
+        depends = [candidate.plan_hash, self.reference.name, self.texts.hash, *self._recovered(candidate)]
         return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
+
+    def _recovered(self, candidate: Candidate) -> list[float | str]:
+        return [candidate.recovery_s, self.recovery] if candidate.recovery_s else []
 
     def plan(self, candidate: Candidate, shape: ModelShape) -> PrunePlan:
         """What an exported candidate keeps; `shape` is the dense model's."""
@@ -137,7 +155,14 @@ class Workshop:
 
     def _stem(self, candidate: Candidate) -> str:
         """Begins the name of all that is made of a candidate; another plan of the same name is another file."""
-        return candidate.name if candidate.dense else f"{candidate.name}-{self.identity(candidate)[:8]}"
+        return f"{candidate.name}-{self.identity(candidate)[:8]}"
+
+    @cached_property
+    def companions_hash(self) -> str:
+        """SHA-256 over the dense model's tokenizer, chat template and what else lies beside its weights."""
+        names = [name for name in COMPANIONS if (self.source / name).is_file()]
+        depends = [(name, sha256(self.source / name)) for name in names]
+        return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 
     @cached_property
     def _texts_of_windows(self) -> list[str]:
@@ -184,7 +209,7 @@ class Workshop:
 
     def _scratch(self, candidate: Candidate) -> Path:
         """What exporting needs on the way: the unquantised file, the importance matrix."""
-        return self.folder / ("plan-dense" if candidate.dense else f"plan-{self.identity(candidate)}")
+        return self.folder / f"{DENSE if candidate.dense else 'plan'}-{self.identity(candidate)}"
 
     def measure(self, candidate: Candidate, key: str, progress: Progress | None) -> Trial:
         """Export and measure one candidate. A failure is a result, with its reason; wrong input is raised."""
@@ -217,6 +242,8 @@ class Workshop:
                 if result.status != "ok":
                     raise StageFailed(f"{result.status}: {result.reason}", where=path)
                 speed = {record.test: to_dict(record) for record in result.records}
+        except LinkBroken:  # nor does a board that is out of reach
+            raise
         except StageFailed as error:
             kind, _, rest = error.what.partition(": ")
             if kind == "noisy":  # says nothing of the candidate: the run ends here, and goes on here when it is quiet
@@ -239,17 +266,21 @@ def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
         model_hash,
         candidate.plan_hash,
         candidate.plan.method,
-        candidate.recovery_s,
+        workshop.identity(candidate) if candidate.recovery_s else "",
         candidate.target.quantisation,
         candidate.target.runtime,
         workshop.reference.name,
         workshop.place.threads,
         workshop.place.identity,
-        workshop.bench and (workshop.context, workshop.gate_s is not None, candidate.settings),
+        workshop.bench and (workshop.context, workshop.gate_s is not None, candidate.settings, workshop.device),
+        workshop.positions(candidate),
+        workshop.companions_hash,
+        machine(),
         here["edgeprune"],
         here["packages"],
         here["platform"],
     ]
-    if isinstance(candidate.plan, WidthPlan):  # which heads, neurons and weights they become is found on the text
+    # Which heads, neurons and weights widths become is found on the text, and which columns count when rounding.
+    if isinstance(candidate.plan, WidthPlan) or candidate.target.needs_imatrix:
         depends.append(workshop.texts.hash)
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()

@@ -28,14 +28,13 @@ from edgeprune.export.onnx_nodes import OPSETS, Nodes, tensor_value
 from edgeprune.export.onnx_norm import add_and_norm, norm
 from edgeprune.export.onnx_store import Store
 from edgeprune.export.onnx_tables import Tables
-from edgeprune.export.onnx_types import PRECISIONS
+from edgeprune.export.onnx_types import MAX_CONTEXT, PRECISIONS
 from edgeprune.export.widths import layer_shapes
 from edgeprune.files import atomic_folder
 from edgeprune.shape import LayerShape, ModelShape
 
 LOGITS_FROM, LOGITS_KEPT = "logits_from", "num_logits_to_keep"
 LOGITS_DEFAULT = 0
-MAX_CONTEXT = 8192  # positions in the rotary tables unless more are asked for
 
 
 @dataclass(frozen=True)

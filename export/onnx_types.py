@@ -10,6 +10,8 @@ import numpy as np
 from edgeprune.errors import unknown
 from edgeprune.shape import LayerShape, ModelShape
 
+MAX_CONTEXT = 8192  # positions in the rotary tables unless more are asked for
+
 
 @dataclass(frozen=True)
 class Precision:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import MakeLlama
 from typer.testing import CliRunner
 
-from edgeprune.cli import app
+from edgeprune.cli import app, main
+from edgeprune.errors import StageFailed
 
 
 def edgeprune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -59,6 +61,11 @@ def test_every_command_has_help() -> None:
         (["fit", "--device", "rpi5", "--min-tps", "-3"], "min_tokens_per_s"),
         (["fit", "--device", "rpi5", "--max-time", "soon"], "--max-time"),
         (["fit", "--device", "rpi5", "--ratios", "0.1,many"], "--ratios"),
+        (["fit", "--device", "rpi5", "--dry-run", "--ratios", "0.1"], "obs finds the shares itself"),
+        (["prune", "demo", "--ratio", "20", "--out", "x"], "ratio 20 is not in [0, 1)"),
+        (["prune", "demo", "--ratio", "0.2", "--corpus", "none.txt", "--out", "x"], "none.txt: no such file or folder"),
+        (["export", "demo", "--quant", "Q4_0", "--context", "64", "--out", "x.gguf"], "Q4_0 is not made for a context"),
+        (["fit", "--device", "rpi5", "--to", "android", "--to", "android:onnx"], "would be one folder"),
         (["prune", "runs/last/model", "--ratio", "0.1", "--out", "x"], "runs/last/model: no such file or folder"),
         (["prune", "demo-", "--ratio", "0.1", "--out", "x"], "did you mean 'demo'?"),
         (["bench", "nowhere.gguf"], "no such file"),
@@ -75,6 +82,40 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and message in line
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_what_nothing_foresaw_is_no_regression(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 is that of `ci`."""
+
+    def broken() -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr("edgeprune.cli.app", broken)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 4
+    told = capsys.readouterr().err
+    assert "AttributeError: no such thing" in told and "a bug of edgeprune" in told
+
+
+def test_what_is_measured_is_told_whatever_stops_the_rest(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgeprune.runtimes import bench as module
+
+    real = module.bench
+
+    def noisy(path: Path, **options: Any) -> Any:
+        if path.name == "second":
+            raise StageFailed("noisy: the machine is busy", where=path)
+        return real(path, **options)
+
+    monkeypatch.setattr(module, "bench", noisy)
+    arguments = ["bench", str(tiny_folder), "second", "-p", "0", "-n", "4", "-r", "1", "--least", "0.01s", "--no-gate"]
+    result = CliRunner().invoke(app, [*arguments, "-o", "json"])
+    assert isinstance(result.exception, StageFailed)
+    (record,) = json.loads(result.stdout)
+    assert record["avg_ts"] > 0
 
 
 def test_hostile_files_are_one_line(tmp_path: Path, tiny_folder: Path) -> None:

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import RATIOS, SENTENCES, speed_between
+from conftest import RATIOS, SENTENCES, save_llama, speed_between
 
 import edgeprune
 from edgeprune.at_hand import judge_measured
@@ -21,7 +21,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.cost import judge
 from edgeprune.devices import Budget, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
-from edgeprune.files import read_json
+from edgeprune.files import only_one, read_json
 from edgeprune.fitting import FitResult, choose, fit
 from edgeprune.metrics import mean_interval
 from edgeprune.plan import PrunePlan, Scope, WidthPlan
@@ -30,6 +30,7 @@ from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
 from edgeprune.reference import MeasuredOn
 from edgeprune.report import pareto_front
+from edgeprune.runtimes.ssh import LinkBroken
 from edgeprune.search import worth_making
 from edgeprune.targets import default_targets, target_for
 
@@ -38,7 +39,9 @@ pytestmark = pytest.mark.usefixtures("short_fit")
 
 def run(folder: Path, out: Path, budget: Budget, **options: Any) -> FitResult:
     """By the paper's method, whose pruned candidates are quick to make."""
-    options = {"targets": ["Q8_0", "int8"], "method": "amp", "ratios": RATIOS, **options}
+    options = {"targets": ["Q8_0", "int8"], "method": "amp", **options}
+    if options["method"] == "amp":
+        options.setdefault("ratios", RATIOS)
     return fit(folder, "rpi5", budget, out=out, threads=2, **options)
 
 
@@ -208,6 +211,56 @@ def test_a_failing_candidate_is_a_result_and_the_others_go_on(
     outcomes = {c.target.quantisation: (t.status, t.reason) for c, t in result.trials}
     assert outcomes == {"Q8_0": ("ok", None), "int8": ("crash", "SIGSEGV")}
     assert "crash: SIGSEGV" in (tmp_path / "run" / "report.md").read_text()
+
+    # What made it fail may be over: the next run tries again, and only that.
+    tried: list[str] = []
+    monkeypatch.setattr(workshop, "evaluate", lambda path, *a, **k: (tried.append(path.name), real(path, *a, **k))[1])
+    again = run(wide, tmp_path / "run", Budget(context=64))
+    assert len(tried) == 1 and tried[0].startswith("dense-int8")
+    assert {t.status for _, t in again.trials} == {"ok"}
+
+
+def test_a_broken_link_ends_the_run_and_is_no_result(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(path: Path, *_args: Any, **_kwargs: Any) -> Quality:
+        raise LinkBroken("no answer", where="ssh://pi@kitchen")
+
+    monkeypatch.setattr("edgeprune.workshop.evaluate", gone)
+    with pytest.raises(LinkBroken, match="no answer"):
+        run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
+    assert (tmp_path / "run" / "trials.jsonl").read_text() == ""
+
+
+def test_two_models_of_one_name_are_not_mixed_up(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an unfinished run left of one model is not measured as the other's, in the folder that their name gives."""
+    other = save_llama(tmp_path / "b" / wide.name, seed=5, intermediate_size=512, max_position_embeddings=512)
+
+    def stop(*_args: Any, **_kwargs: Any) -> Quality:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeprune.workshop.evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
+    assert list((tmp_path / "run" / "work").glob("dense-Q8_0*.gguf"))
+    result = run(other, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
+    alone = run(other, tmp_path / "alone", Budget(context=64), targets=["Q8_0"])
+    assert result.trial.files == alone.trial.files
+
+
+def test_a_run_at_work_is_left_alone(wide: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trials.jsonl").touch()
+    busy = pytest.raises(BadInput, match="another run is at work there; give this one its own --out")
+    with only_one(tmp_path / "run" / "trials.jsonl"), busy:
+        run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
+    run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"])
+
+
+def test_shares_are_of_the_papers_method_alone(wide: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="obs finds the shares itself; leave it out, or add --method amp"):
+        fit(wide, "rpi5", Budget(context=64), out=tmp_path / "run", ratios=(0.1,))
 
 
 def test_max_time_stops_after_the_first(wide: Path, tmp_path: Path) -> None:
@@ -381,7 +434,7 @@ def test_pareto_front() -> None:
 def test_fit_on_the_demo_model(tmp_path: Path, demo_gguf: Path) -> None:
     """The real model, a real budget: dense does not fit, the choice does, and llama.cpp continues a sentence."""
     budget = Budget(min_tokens_per_s=125, context=512)
-    result = fit(demo_gguf, "rpi5", budget, out=tmp_path / "run", targets=["Q4_0"], ratios=(0.0, 0.1, 0.2, 0.3))
+    result = fit(demo_gguf, "rpi5", budget, out=tmp_path / "run", targets=["Q4_0"])
     assert not result.chosen.dense and result.trial.quality is not None
     assert 0.05 < result.trial.quality.kl_nats.mean < 6
     assert result.chosen.plan.reached_ratio == pytest.approx(result.chosen.plan.asked_ratio, abs=0.0124)

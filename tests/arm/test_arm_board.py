@@ -61,7 +61,7 @@ def exported(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         target = target_for(name)
         (folder / f"scratch-{name}").mkdir()
         out = folder / f"{name}{target.format.suffix}"
-        files[name] = target.format.export(source, out, name, folder / f"scratch-{name}", THREADS)
+        files[name] = target.format.export(source, out, name, folder / f"scratch-{name}", threads=THREADS)
     return files
 
 
@@ -130,7 +130,7 @@ def test_a_file_that_cannot_run_there_says_so(link: Link, tmp_path: Path) -> Non
 
 
 def test_the_chosen_file_of_a_fit_is_judged_there(link: Link, demo_gguf: Path, tmp_path: Path) -> None:
-    result = fit(demo_gguf, "rpi5", Budget(context=512), out=tmp_path / "run", targets=["Q4_0"], ratios=(0.0, 0.1))
+    result = fit(demo_gguf, "rpi5", Budget(context=512), out=tmp_path / "run", targets=["Q4_0"])
     (path,) = result.best.glob("model.gguf")
     (reference,) = {trial.quality.reference for _, trial in result.trials if isinstance(trial.quality, Quality)}
     assert reference

@@ -123,7 +123,6 @@ def test_a_fit_divides_what_the_gpu_has_no_room_for(
         Budget(context=64),
         out=tmp_path / "run",
         targets=["F16"],
-        ratios=(0.0,),
         method="amp",
         gate_s=None,
         tune=False,
