@@ -11,7 +11,7 @@ help:
 	@echo "make fit         install, then run the main job on the demo model for a Raspberry Pi 5"
 	@echo "make demo-web    the same for the browser, served at http://127.0.0.1:8000 (needs npm)"
 	@echo "make docs        the documentation, into build/site"
-	@echo "make test        install with the test extra, then run the tests"
+	@echo "make test        install with the dev extra, then run the tests"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-gpu    layers on a GPU, or on a software one: builds llama.cpp with Vulkan"
 	@echo "make test-arm    files judged on an emulated ARM board; as root"
