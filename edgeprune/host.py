@@ -111,9 +111,10 @@ def read_bandwidth(threads: int, *, seconds: float = 2.0, buffer_bytes: int = 51
     return rates[len(rates) // 4], rates[len(rates) // 2], rates[-1]
 
 
-def fingerprint(host: Host, memory_bytes: int, kernel: str) -> str:
-    """A short hash of what the measured bandwidth depends on."""
-    key = json.dumps([host.model, host.cores, host.big_cores, memory_bytes >> 20, kernel])
+def _key(host: Host, cores: int, memory_bytes: int) -> str:
+    """A short hash of what speeds that were measured depend on; a new kernel leaves it, and takes a few MiB."""
+    memory = round(memory_bytes / GIB, 1)
+    key = json.dumps([host.model, host.cores, host.big_cores, memory, f"{platform.system()} cores={cores}"])
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -214,10 +215,6 @@ def generic_profile(host: Host, *, cores: int, memory_bytes: int, read_gbs: Figu
         },
     }
     return DeviceProfile.model_validate(values)
-
-
-def _key(host: Host, cores: int, memory_bytes: int) -> str:
-    return fingerprint(host, memory_bytes, f"{platform.system()} {platform.release()} cores={cores}")
 
 
 def measured_path() -> Path:

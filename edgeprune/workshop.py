@@ -127,11 +127,10 @@ class Workshop:
 
     def identity(self, candidate: Candidate) -> str:
         """Names the weights of a candidate, of this model by these texts, whatever they are exported to."""
-        depends = [candidate.plan_hash, self.reference.name, self.texts.hash, *self._recovered(candidate)]
+        depends = [candidate.plan_hash, self.reference.name, self.texts.hash, self.companions_hash]
+        if candidate.recovery_s:
+            depends += [str(candidate.recovery_s), self.recovery]
         return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
-
-    def _recovered(self, candidate: Candidate) -> list[float | str]:
-        return [candidate.recovery_s, self.recovery] if candidate.recovery_s else []
 
     def plan(self, candidate: Candidate, shape: ModelShape) -> PrunePlan:
         """What an exported candidate keeps; `shape` is the dense model's."""
@@ -155,7 +154,9 @@ class Workshop:
 
     def _stem(self, candidate: Candidate) -> str:
         """Begins the name of all that is made of a candidate; another plan of the same name is another file."""
-        return f"{candidate.name}-{self.identity(candidate)[:8]}"
+        positions = self.positions(candidate)
+        made_for = "" if positions is None else f"-{positions}"
+        return f"{candidate.name}-{self.identity(candidate)[:8]}{made_for}"
 
     @cached_property
     def companions_hash(self) -> str:

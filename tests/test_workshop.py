@@ -28,6 +28,23 @@ def workshop_for(wide: Path, tmp_path: Path, **options: Any) -> Workshop:
     return Workshop(tmp_path / "work", wide, settings.pop("reference"), 1, **settings)
 
 
+def with_template(folder: Path, tmp_path: Path) -> Path:
+    """The same weights with another chat template."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    return copy
+
+
+def test_a_file_is_made_anew_with_another_template(wide: Path, tmp_path: Path) -> None:
+    shape, profile = Checkpoint(wide).shape, load_profile("rpi5")
+    (dense,) = propose("m", shape, profile, Budget(context=64), [target_for("Q8_0")], ratios=(0.0,)).candidates
+    first = workshop_for(wide, tmp_path).export(dense)
+    assert workshop_for(wide, tmp_path).export(dense) == first
+    second = workshop_for(with_template(wide, tmp_path), tmp_path).export(dense)
+    assert second != first
+    assert b"{{ messages }}" in second.read_bytes() and b"{{ messages }}" not in first.read_bytes()
+
+
 def test_a_trial_is_known_again_only_where_all_is_the_same(wide: Path, tmp_path: Path) -> None:
     """Each of these changes what comes out, so none may find the other's result."""
     ids = (torch.arange(8),)
@@ -46,9 +63,7 @@ def test_a_trial_is_known_again_only_where_all_is_the_same(wide: Path, tmp_path:
     assert key(plain, bench=True, device="jetson-7w") != key(plain, bench=True, device="jetson-25w")
     recovered = replace(plain, recovery_s=60.0)
     assert key(recovered, recovery="one text") != key(recovered, recovery="another") != key(plain)
-    template = tmp_path / "copy"
-    shutil.copytree(wide, template)
-    (template / "chat_template.jinja").write_text("{{ messages }}")
+    template = with_template(wide, tmp_path)
     assert key(plain) != trial_key(plain, "model", workshop_for(template, tmp_path))
 
 
