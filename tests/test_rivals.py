@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 
 from edgeprune.calibration import TextSet
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.elimination import rows_of
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.models import load
+from edgeprune.plan import keep_heads, top
+from edgeprune.pruning import windows_of
 from edgeprune.reference import build_reference
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.runtimes.pytorch import PyTorch
@@ -31,7 +34,7 @@ import pruning  # noqa: E402
 import pruning_cells  # noqa: E402
 from conftest import SENTENCES, save_llama  # noqa: E402
 from pruning_page import best_curve, page, spread  # noqa: E402
-from rivals import METHODS, flap, magnitude, shortgpt, slicegpt, steps, wanda_sp  # noqa: E402
+from rivals import METHODS, amp, flap, magnitude, shortgpt, slicegpt, steps, wanda_sp  # noqa: E402
 from rivals.folders import parameters_of  # noqa: E402
 from rivals.inputs import inputs_of, projections  # noqa: E402
 
@@ -132,6 +135,39 @@ def test_wanda_sp_and_flap_scores_are_the_papers(dense, texts):
         found = flap.fluctuation(w, inputs[name].variance)
         torch.testing.assert_close(found[:4], torch.stack(fluctuation), rtol=1e-4, atol=0)
         torch.testing.assert_close(inputs[name].mean, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_wanda_sp_scores_a_layer_on_what_the_pruned_ones_before_it_say(dense, texts):
+    model = load(dense)
+    left = amp.widths_of(model, 0.2, texts)
+    found = wanda_sp.scores_on_the_way(model, left, texts)
+    ids = windows_of(texts)
+    for index in (0, 5):
+        module, seen = load(dense).module, {}
+        for layer, widths in enumerate(model.shape.layers[:index]):
+            _, kept = keep_heads(found.heads[layer].numpy(), widths, left)
+            stay = {"output": rows_of(kept, 16).tolist(), "down": top(found.neurons[layer].numpy(), left.neurons)}
+            for role, columns in stay.items():
+                weight = module.get_submodule(model.shape.family.in_layer(layer, role)).weight.detach()
+                weight[:, [c for c in range(weight.shape[1]) if c not in columns]] = 0
+        names = [model.shape.family.in_layer(index, role) for role in ("output", "down")]
+        for name in names:
+            hook = lambda _, inputs, name=name, seen=seen: seen.update({name: inputs[0].flatten(0, 1).double()})  # noqa: E731
+            module.get_submodule(name).register_forward_pre_hook(hook)
+        with torch.inference_mode():
+            module(input_ids=ids)
+        output, down = (
+            wanda_sp.channel_scores(module.get_submodule(name).weight.detach(), seen[name].square().sum(dim=0))
+            for name in names
+        )
+        torch.testing.assert_close(found.heads[index], output.reshape(4, -1).sum(dim=1), rtol=1e-4, atol=0)
+        torch.testing.assert_close(found.neurons[index], down, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude", "reversed", "wanda-sp"])
+def test_methods_by_scores_have_amps_widths(method, dense, texts, tmp_path):
+    folder = METHODS[method].prune(dense, 0.2, texts, tmp_path / method)
+    assert set(Checkpoint(folder).shape.layers) == {amp.widths_of(load(dense), 0.2, texts)}
 
 
 def test_flap_takes_more_where_less_fluctuates_and_its_bias_is_the_mean_of_what_left(dense, texts, tmp_path):

@@ -48,7 +48,9 @@ def _methods() -> dict[str, Method]:
         "magnitude": Method(magnitude.prune, "magnitude", "L2 norm of the weights of a head or neuron"),
         "reversed": Method(amp.reverse, "reversed AMP", "control: the most important go first"),
         "amp": Method(amp.prune, "AMP", "arXiv 2504.21174, as published, without its training"),
+        "amp-neurons": Method(amp.neurons, "AMP, neurons alone", "arXiv 2504.21174, without its equal shares of heads"),
         "wanda-sp": Method(wanda_sp.prune, "Wanda-sp", "arXiv 2306.11695 in the structured form of arXiv 2312.11983"),
+        "wanda-sp-neurons": Method(wanda_sp.neurons, "Wanda-sp, neurons alone", "the same without heads"),
         "flap": Method(
             flap.prune,
             "FLAP",

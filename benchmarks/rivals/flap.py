@@ -1,7 +1,8 @@
 """FLAP (arXiv 2312.11983): what fluctuates least leaves, anywhere in the model, and a bias takes over its mean.
 
 - metric (eq. 5): the variance over tokens of an input channel of the attention output or down projection, times the
-  squared norm of the weights that read it;
+  squared norm of the weights that read it; of the attention output, the square of that, which the paper does not print
+  but its code takes (CASIA-IVA-Lab/FLAP, lib/prune.py);
 - adaptive structure (eq. 6): metrics are standardised within each layer's projection, then all compete in one list, so
   that layers end with widths of their own. A unit counts with its parameters;
 - bias compensation (eq. 4): the mean of what left, times the weights that read it, becomes the projection's bias.
@@ -96,7 +97,7 @@ def plan_of(model: Model, inputs: dict[str, Inputs], ratio: float, text_hash: st
     shape = model.shape
     groups, neurons = [], []
     for layer, (output, down) in zip(shape.layers, projections(model), strict=True):
-        channels = standardised(fluctuation(weight_of(model, output), inputs[output].variance))
+        channels = standardised(fluctuation(weight_of(model, output), inputs[output].variance).square())
         groups.append(channels.reshape(layer.kv_heads, -1).mean(dim=1))
         neurons.append(standardised(fluctuation(weight_of(model, down), inputs[down].variance)))
     plans = []

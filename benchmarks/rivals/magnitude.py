@@ -61,4 +61,4 @@ def prune(folder: Path, ratio: float, calibration: TextSet, out: Path) -> Path:
         output, down = (weight_of(model, model.shape.family.in_layer(index, role)) for role in ("output", "down"))
         heads.append(head_norms(query, output, layer.heads))
         neurons.append(neuron_norms(inputs, down))
-    return apply(model, scores_of(model, heads, neurons, "magnitude", calibration), ratio, out)
+    return apply(model, scores_of(model, heads, neurons, "magnitude", calibration), ratio, calibration, out)
