@@ -40,6 +40,7 @@ import pruning_cells as cells
 from pruning_cells import TASKS, Cell, Settings
 from pruning_page import page, plots
 from rivals import METHODS, Method
+from rivals.folders import parameters_of
 from rivals.steps import all_texts
 
 from edgeprune.checkpoint import Checkpoint
@@ -152,6 +153,9 @@ class Harness:
         steps = Row(self, METHODS.get(method, DENSE), method, ratio, place)
         for column in wanted:
             self._measure(row, column, partial(steps.measure, column))
+        if (place / "folder" / "config.json").exists():
+            row["reached_ratio"] = round(1 - parameters_of(place / "folder") / self.model.shape.parameters, 5)
+            self.record.save()
         if not self.keep:
             shutil.rmtree(place)
 

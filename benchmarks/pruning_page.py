@@ -14,6 +14,7 @@ TASK_METRICS = {  # task -> short name, and the accuracy that is usually quoted 
     "piqa": ("PIQA", "acc_norm"),
     "winogrande": ("WinoGrande", "acc"),
 }
+CHANCE = (1 / 4 + 1 / 4 + 1 / 4 + 1 / 2 + 1 / 2) / 5  # of the five accuracies' average
 ABSENT = "–"
 WORST_DRAWN = 2.0  # bits per byte over dense; worse methods are named beside the lines
 OTHERS = "0.5"  # grey
@@ -54,6 +55,47 @@ def average(row: Row) -> tuple[float, float] | None:
     return sum(map(float, filter(None, found))) / count, math.sqrt(sum(e**2 for e in errors if e)) / count
 
 
+def summary_table(record: Mapping[str, Any]) -> str:
+    """What a reader looks at first: a line a row whose quality was measured.
+
+    Tasks are also told above what guessing reaches: a model that has lost everything still has three quarters of the
+    demo model's average.
+    """
+    dense = dense_row(record)
+    base, whole = value(dense, "quality", "bits_per_byte"), average(dense)
+    lines = [
+        "| method | removed | bits per byte | over dense | perplexity | KL, nats | top-1 | Q4_0: MB a token | tasks "
+        "| of dense | above chance |",
+        f"| ---{' | ---:' * 10} |",
+    ]
+    for row in ordered(record):
+        if (bits := value(row, "quality", "bits_per_byte")) is None:
+            continue
+        read, mean = value(row, "bytes", "bytes_per_token"), average(row)
+        cells = [
+            _label(row),
+            _share(row),
+            _number(bits, ".4f"),
+            _number(_over(row, base), ".3f"),
+            _perplexity(perplexity(row, dense)),
+            _number(value(row, "quality", "kl_nats"), ".4f"),
+            _number(value(row, "quality", "top1"), ".3f"),
+            _number(read / 1e6 if read else None, ".1f"),
+            f"{100 * mean[0]:.1f} ± {100 * mean[1]:.1f}" if mean else ABSENT,
+            f"{100 * mean[0] / whole[0]:.1f} %" if mean and whole else ABSENT,
+            f"{100 * (mean[0] - CHANCE) / (whole[0] - CHANCE):.0f} %" if mean and whole else ABSENT,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def perplexity(row: Row, dense: Row) -> float | None:
+    """Perplexity by the dense model's tokens: a row with another vocabulary reads the same text as more of them."""
+    found, tokens = value(row, "quality", "perplexity"), value(row, "quality", "tokens")
+    of_dense = value(dense, "quality", "tokens")
+    return None if found is None or not tokens or not of_dense else found ** (tokens / of_dense)
+
+
 def text_table(record: Mapping[str, Any]) -> str:
     """Quality on text, and the costs: a line a row."""
     dense = dense_row(record)
@@ -65,15 +107,14 @@ def text_table(record: Mapping[str, Any]) -> str:
     ]
     for row in ordered(record):
         bits = value(row, "quality", "bits_per_byte")
-        reached = value(row, "prune", "reached_ratio")
         read = value(row, "bytes", "bytes_per_token")
         seconds = value(row, "prune", "seconds")
         cells = [
             _label(row),
-            f"{100 * reached:.1f} %" if reached is not None else _asked(row),
+            _share(row),
             _number(bits, ".4f"),
             _number(_over(row, base), ".3f"),
-            _perplexity(value(row, "quality", "perplexity")),
+            _perplexity(perplexity(row, dense)),
             _number(value(row, "quality", "kl_nats"), ".4f"),
             _number(value(row, "quality", "top1"), ".3f"),
             _number(read / 1e6 if read else None, ".1f"),
@@ -117,6 +158,7 @@ def page(record: Mapping[str, Any]) -> str:
         f"Model {record['model']}, {record['parameters']:,} parameters. Calibration: {calibration['source']}, "
         f"{calibration['tokens']:,} tokens. Text: {record['text']}, {settings['windows']} of them, "
         f"{settings['dtype']} files. Tasks: {', '.join(limits) or 'none'}.",
+        summary_table(record),
         text_table(record),
         task_table(record),
     ]
@@ -156,8 +198,8 @@ def _over(row: Row, base: float | None) -> float | None:
 
 def _removed(row: Row) -> float:
     """The share that is gone, or was to go where that was not measured."""
-    reached = value(row, "prune", "reached_ratio")
-    return float(row["ratio"]) if reached is None else reached
+    reached = row.get("reached_ratio") or value(row, "prune", "reached_ratio")
+    return float(row["ratio"]) if reached is None else float(reached)
 
 
 def _quality_plot(record: Mapping[str, Any], path: Path) -> Path:
@@ -275,6 +317,10 @@ def _save(figure: Any, path: Path) -> Path:
 
 def _label(row: Row) -> str:
     return f"**{row['label']}**" if row["method"] == "dense" else str(row["label"])
+
+
+def _share(row: Row) -> str:
+    return f"{100 * removed:.1f} %" if (removed := _removed(row)) else "0"
 
 
 def _asked(row: Row) -> str:

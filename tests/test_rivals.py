@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import pruning  # noqa: E402
 import pruning_cells  # noqa: E402
 from conftest import SENTENCES, save_llama  # noqa: E402
-from pruning_page import best_curve, page, spread  # noqa: E402
+from pruning_page import TASK_METRICS, best_curve, page, spread, summary_table  # noqa: E402
 from rivals import METHODS, amp, flap, magnitude, shortgpt, slicegpt, steps, wanda_sp  # noqa: E402
 from rivals.folders import parameters_of  # noqa: E402
 from rivals.inputs import inputs_of, projections  # noqa: E402
@@ -118,6 +119,24 @@ def literal_inputs(folder: Path, texts: TextSet, name: str) -> torch.Tensor:
         for ids in texts.ids:
             module(input_ids=ids[None])
     return torch.cat(seen).double()
+
+
+def test_the_summary_is_fair_to_other_tokens_and_to_guessing():
+    def row(method: str, tokens: int, nats: float, accuracy: float, **more: float) -> dict:
+        tasks = {task: {metric: accuracy, f"{metric}_stderr": 0.01} for task, (_, metric) in TASK_METRICS.items()}
+        quality = {"bits_per_byte": nats * tokens / 1000, "perplexity": math.exp(nats), "tokens": tokens}
+        return {
+            "method": method,
+            "label": method,
+            "ratio": 0.2 * (method != "dense"),
+            "cells": tasks | {"quality": quality},
+        } | more
+
+    rows = [row("dense", 1000, 3.0, 0.55), row("fewer", 1100, 3.0, 0.45, reached_ratio=0.211)]
+    dense, fewer = summary_table({"rows": rows}).splitlines()[2:]
+    assert "| 20.09 |" in dense and "| 100.0 % | 100 % |" in dense
+    # The same text in a tenth more tokens: exp(3.3) by the dense model's.
+    assert "| 21.1 % |" in fewer and "| 27.11 |" in fewer and "| 81.8 % | 50 % |" in fewer
 
 
 def test_wanda_sp_and_flap_scores_are_the_papers(dense, texts):
@@ -303,6 +322,7 @@ def test_the_harness_runs_and_goes_on_where_it_stopped(dense, data, tmp_path, mo
     assert not [cell for cell in found.values() if "error" in cell]
     assert found["prune"]["peak_mib"] > 0
     assert found["prune"]["reached_ratio"] == pytest.approx(0.1, abs=0.04)
+    assert first["rows"][1]["reached_ratio"] == found["prune"]["reached_ratio"]
     assert found["bytes"]["bytes_per_token"] < dense_cells["bytes"]["bytes_per_token"]
     assert found["quality"]["kl_nats"] > 0
     assert found["quality"]["runtime"] == "llamacpp"
