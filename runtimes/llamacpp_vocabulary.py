@@ -52,6 +52,9 @@ class Tokenizer:
     def __init__(self, model: Any) -> None:
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        # Of byte-level vocabularies a text is its tokens' bytes. What puts the text together in llama.cpp also drops
+        # spaces before punctuation and contractions ("git add ." becomes "git add."), for all but a few of them.
+        self._plain = llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_BPE
 
     @property
     def bos(self) -> int | None:
@@ -73,6 +76,8 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         check_tokens(np.asarray(tokens, dtype=np.int64), self.n_vocab)
+        if self._plain:
+            return b"".join(self._piece(token, special) for token in tokens).decode("utf-8", "replace")
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
         room = 16 * len(tokens) + 16
         while True:
@@ -80,6 +85,15 @@ class Tokenizer:
             count = llama_cpp.llama_detokenize(self._vocab, ids, len(tokens), buffer, room, not special, special)
             if count >= 0:
                 return buffer.raw[:count].decode("utf-8", "replace")
+            room = -count
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
             room = -count
 
 

@@ -158,6 +158,9 @@ def test_text(small: Path) -> None:
         assert vocabulary.decode(ids, special=True) == "Häuser, 48 cars 🙂<|endoftext|>"
         assert vocabulary.encode("Häuser, 48 cars 🙂") == ids[:-1]
         assert (runtime.encode(""), runtime.decode([])) == ([], "")
+        # llama.cpp itself would leave out the spaces before these, with this tokenizer as with Llama 3's and Phi's.
+        spaced = "git add . now , it 's  not ? \t\n yes !"
+        assert runtime.decode(runtime.encode(spaced)) == vocabulary.decode(vocabulary.encode(spaced)) == spaced
         with pytest.raises(BadInput, match="not in the vocabulary"):
             runtime.decode([runtime.n_vocab])
 
