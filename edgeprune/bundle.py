@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.candidates import Candidate
 from edgeprune.checkpoint import GGUF_TOKENIZER
+from edgeprune.export.gguf_writer import stated_licence
 from edgeprune.files import atomic_folder, read_json, write_json, write_text
-from edgeprune.models import LICENCES, copy_companions, copy_files
+from edgeprune.models import LICENCES, NOTICES, copy_companions, copy_files
 from edgeprune.plan import PrunePlan
 from edgeprune.quality import CrossQuality, Quality, TextQuality
 from edgeprune.record import Trial, environment
@@ -230,14 +232,10 @@ def _licence(source: Path) -> str | None:
     """The licence a GGUF tokenizer or a model card in the source names."""
     if (source / GGUF_TOKENIZER).is_file():
         value = GgufFile(source / GGUF_TOKENIZER).metadata.get("general.license")
-        if isinstance(value, str):
+        # It is text from elsewhere, and goes into files that have a syntax.
+        if isinstance(value, str) and re.fullmatch(r"[\w .+()/-]{1,100}", value):
             return value
-    card = source / "README.md"
-    if card.is_file():
-        for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
-            if line.startswith("license:"):
-                return line.partition(":")[2].strip()
-    return None
+    return stated_licence(source)
 
 
 def write_bundle(
@@ -260,7 +258,7 @@ def write_bundle(
         if exported.is_dir():
             shutil.copytree(exported, temporary, dirs_exist_ok=True)
             model_file = "model.onnx"
-            copy_files(made.companions, temporary, LICENCES)
+            copy_files(made.companions, temporary, (*LICENCES, *NOTICES))
         else:
             model_file = f"model{exported.suffix}"
             shutil.copyfile(exported, temporary / model_file)

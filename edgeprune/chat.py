@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from edgeprune.errors import BadInput
 
 Message = Mapping[str, str]  # "role" and "content"
 Render = Callable[[Sequence[Message], bool], str]  # (messages, whether an answer is to follow) -> text
+
+# The day that Llama 3.1's and 3.2's templates name where nothing tells them the date.
+SOME_DAY = date(2024, 7, 26)
 
 # Conversations in which every part occurs, and that a template given by parts must render as the original does.
 TRIALS: tuple[tuple[Message, ...], ...] = (
@@ -34,10 +38,13 @@ TRIALS: tuple[tuple[Message, ...], ...] = (
 )
 
 
-def renderer(folder: Path) -> Render | None:
+def renderer(folder: Path, today: date | None = None) -> Render | None:
     """Renders conversations by the chat template of a tokenizer's folder; None where it has none.
 
     transformers runs the template in jinja2's immutable sandbox: it is text from elsewhere.
+
+    Args:
+        today: what a template that tells the date is told; None: the date. What is kept is made with `SOME_DAY`.
 
     Raises:
         BadInput: no tokenizer. The renderer itself raises it for what the template refuses.
@@ -48,9 +55,12 @@ def renderer(folder: Path) -> Render | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
 
+    told = {} if today is None else {"strftime_now": today.strftime}
+
     def render(messages: Sequence[Message], answer: bool) -> str:
         try:
-            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer, **told)
+            return str(text)
         except Exception as error:  # whatever the template raises, or jinja2 of it
             line = " ".join(str(error).split())[:200]
             raise BadInput(f"the chat template does not take this conversation ({line})", where=folder) from error

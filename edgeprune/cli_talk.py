@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Group
-from rich.live import Live
 from rich.markup import escape
-from rich.text import Text
 
 from edgeprune.cli_measure import Threads
 from edgeprune.errors import BadInput
@@ -46,13 +43,14 @@ def chat(
     bundle = _bundle(run)
     facts = bundle.facts
     path = bundle.model if bundle.runtime == "llamacpp" else bundle.folder
-    model = open_runtime(
-        path,
-        n_ctx=facts["n_ctx"],
-        threads=threads or facts["threads"],
-        name=bundle.runtime,
-        settings=facts["settings"],
-    )
+    options = {"n_ctx": facts["n_ctx"], "threads": threads or facts["threads"], "name": bundle.runtime}
+    try:
+        model = open_runtime(path, **options, settings=facts["settings"])
+    except BadInput as error:
+        if not facts["settings"]:
+            raise
+        errors.print(f"[yellow]note:[/] {escape(error.what)}: without the settings of the device", soft_wrap=True)
+        model = open_runtime(path, **options)
     with closing(model):
         talk = Conversation(model, renderer(bundle.folder), set(bundle.eos))
         if system:
@@ -71,20 +69,13 @@ def chat(
 
 
 def _answer(talk: Conversation, question: str, most: int) -> None:
-    """Print an answer as it comes; on a terminal with its speed below, which goes on changing until the end."""
-    if not console.is_terminal:
-        for piece in talk.say(question, most=most):
-            console.print(piece, end="", markup=False, soft_wrap=True)
-        console.print()
-        errors.print(f"{talk.n_tokens} tokens, {talk.tokens_per_s:.1f} tokens/s")
-        return
-    said = ""
-    with Live(console=console, refresh_per_second=8, vertical_overflow="visible") as live:
-        for piece in talk.say(question, most=most):
-            said += piece
-            live.update(
-                Group(Text(said), Text(f"{talk.n_tokens} tokens, {talk.tokens_per_s:.1f} tokens/s", style="dim"))
-            )
+    """Print an answer as it comes, and its speed below."""
+    for piece in talk.say(question, most=most):
+        sys.stdout.write(piece)  # as it is: tabs, and more lines than the screen has
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    errors.print(f"[dim]{talk.n_tokens} tokens, {talk.tokens_per_s:.1f} tokens/s[/]")
 
 
 def _question() -> str:

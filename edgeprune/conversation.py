@@ -79,20 +79,22 @@ class Conversation:
 
     def _prompt(self) -> Sequence[int]:
         """Tokens of the conversation, without as many of the oldest turns as do not fit."""
+        messages = list(self.messages)
         while True:
             if self.render is None:
-                text = "\n".join(message["content"] for message in self.messages)
+                text = "\n".join(message["content"] for message in messages)
             else:
-                text = self.render(self.messages, True)
+                text = self.render(messages, True)
             prompt = begun(self.runtime, self.runtime.encode(text, parse_special=True))
             if len(prompt) + min(ROOM, self.runtime.n_ctx // 4) <= self.runtime.n_ctx:
+                self.forgotten += len(self.messages) - len(messages)
+                self.messages = messages
                 return prompt
-            first = 1 if self.messages[0]["role"] == "system" else 0
-            if len(self.messages) <= first + 1:
-                self.messages.pop()
+            first = 1 if messages[0]["role"] == "system" else 0
+            if len(messages) <= first + 1:
+                self.messages.pop()  # the question alone: what was said before stays
                 raise BadInput(
                     f"{len(prompt)} tokens do not leave room for an answer in a context of {self.runtime.n_ctx}",
                     remedy="ask something shorter",
                 )
-            del self.messages[first : first + 2]
-            self.forgotten += 2
+            del messages[first : first + 2]

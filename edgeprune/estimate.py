@@ -36,7 +36,7 @@ def estimate(proposal: Proposal, options: FitOptions) -> float:
         if options.corpus:
             embedding = shape.embedding_parameters / shape.parameters
             read += (sum(share < embedding for share in SHARES) + 1) * JUDGED_TEXTS * WINDOW
-    return estimated_seconds(
+    return options.recovery_s + estimated_seconds(
         proposal.shape,
         written=written * 3 // 2,
         read=read,

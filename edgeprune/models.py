@@ -22,10 +22,12 @@ Say = Callable[[str], None]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Everything a model needs and nothing that can run code: no pickles, no Python files.
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md"]
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md"]
+_HUB_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY.md"]
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
+NOTICES = ("NOTICE", "NOTICE.txt", "USE_POLICY.md")  # what a licence may ask to go along
 # Beside the weights and the config: what belongs to a model and is copied along when the model is changed.
-COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", *LICENCES, GGUF_TOKENIZER, "vocabulary_plan.json")
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", *LICENCES, *NOTICES, GGUF_TOKENIZER, "vocabulary_plan.json")
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
 def _budget_rows(record: dict[str, Any]) -> list[list[str]]:
     """The figures of report.html's bars."""
     rows = []
-    for each in bars(chosen_of(record), record["budget"]):
+    for each in bars(chosen_of(record), record):
         asked = "" if each["limit"] is None else f"{'≥' if each['at_least'] else '≤'} {each['limit']:g}"
         spread = f" ({number(each['low'])}–{number(each['high'])})" if each["high"] > each["low"] else ""
         rows.append([f"{each['label']}, {each['unit']}", asked, number(each["value"]) + spread, each["kind"]])

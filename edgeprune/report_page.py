@@ -84,7 +84,7 @@ def view(folder: Path) -> dict[str, Any]:
         "record": record,
         "chosen": chosen,
         "title": f"{record['model']['name']} on {record['device']['name']}",
-        "bars": bars(chosen, budget),
+        "bars": bars(chosen, record),
         "by_kl": by_kl,
         "plot": pareto(points, budget["min_tokens_per_s"]),
         "rows": [_row(each, by_kl=by_kl, chosen=each is chosen) for each in measured],
@@ -140,12 +140,15 @@ def _point(candidate: Json, *, by_kl: bool, chosen: bool) -> Point:
     )
 
 
-def bars(chosen: Json, budget: Json) -> list[dict[str, Any]]:
+def bars(chosen: Json, record: Json) -> list[dict[str, Any]]:
     """Speed, memory, file and time to first token of a candidate of the record, each beside its limit."""
+    budget = record["budget"]
     speed, kind = _speed(chosen)
     found = [bar("decode", "tokens/s", *speed, kind, budget["min_tokens_per_s"], at_least=True)]
     tests = chosen.get("speed", {}).values()
-    peaks = [test["peak_mib"] for test in tests if test["peak_mib"]]
+    on_gpu = record["device"]["memory"].get("dedicated") and chosen["predicted"]["backend"] != "cpu"
+    which = "peak_gpu_mib" if on_gpu else "peak_mib"  # as the budget is judged
+    peaks = [test[which] for test in tests if test.get(which)]
     told = chosen["predicted"]["memory_mib"]
     memory = (max(peaks),) * 3 if peaks else (told["value"], told["low"], told["high"])
     how = "measured" if peaks else "predicted"

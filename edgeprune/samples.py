@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from edgeprune.chat import Render, renderer
+from edgeprune.chat import SOME_DAY, Render, renderer
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.runtimes import open_runtime
@@ -91,7 +91,7 @@ def ask(
 
 def prompts_for(folder: Path, questions: Sequence[str] = QUESTIONS) -> list[str]:
     """The questions as the chat template of a tokenizer's folder puts them; plain where it has none or takes none."""
-    render: Render | None = renderer(folder)
+    render: Render | None = renderer(folder, SOME_DAY)
     if render is None:
         return list(questions)
     try:

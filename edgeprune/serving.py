@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,29 @@ def app_of(model: Path, facts: Mapping[str, Any]) -> Any:
     settings = server_settings(model, facts)
     try:
         from fastapi.middleware.cors import CORSMiddleware
+        from fastapi.middleware.trustedhost import TrustedHostMiddleware
         from llama_cpp.server.app import create_app
         from llama_cpp.server.settings import ModelSettings, ServerSettings
     except ImportError as error:
         raise missing_extra(error.name or "fastapi", "serve") from error
-    app = create_app(server_settings=ServerSettings(host=HOST), model_settings=[ModelSettings(**settings)])
+    with _without("CONFIG_FILE"):  # which would take the place of everything here
+        served = ServerSettings(host=HOST, api_key=None, root_path="")
+        app = create_app(server_settings=served, model_settings=[ModelSettings(**settings)])
     app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
+    # A page whose name is made to lead to this machine is of the same origin as the model, but not of its name.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     return app
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """An environment variable put aside for a while."""
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def serve(model: Path, facts: Mapping[str, Any], port: int) -> None:

@@ -9,7 +9,8 @@ from edgeprune.errors import BadInput
 from edgeprune.files import sha256, write_text
 
 SUMS = "SHA256SUMS"
-_OF_THE_HUB = (".gitattributes", ".git", ".cache")  # what a folder has that comes from there; no runtime reads it
+# What a folder has that comes from the hub or from npm, and no runtime reads.
+_NOT_OURS = (".gitattributes", ".git", ".cache", "node_modules", "package-lock.json")
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -19,9 +20,9 @@ def write_sums(folder: Path) -> None:
 
 
 def _files(folder: Path) -> set[str]:
-    """The files in `folder` but for the list itself and what the hub and git put beside them."""
+    """The files in `folder` but for the list itself and what the hub, git and npm put beside them."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix() for path in files if path.parts[0] not in _OF_THE_HUB} - {SUMS}
+    return {path.as_posix() for path in files if path.parts[0] not in _NOT_OURS} - {SUMS}
 
 
 def read_sums(folder: Path) -> dict[str, str]:

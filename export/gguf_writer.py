@@ -227,7 +227,7 @@ def _general(checkpoint: Checkpoint) -> dict[str, Value]:
     if source.is_file():
         values |= {key: value for key, value in GgufFile(source).values("general.").items() if key not in FILE_KEYS}
     values.setdefault("general.name", Value(_name(checkpoint), ValueType.STRING))
-    license_name = _license(checkpoint.folder)
+    license_name = stated_licence(checkpoint.folder)
     if license_name:
         values.setdefault("general.license", Value(license_name, ValueType.STRING))
     return values
@@ -238,14 +238,15 @@ def _name(checkpoint: Checkpoint) -> str:
     return Path(named).name if isinstance(named, str) and named else checkpoint.folder.resolve().name
 
 
-def _license(folder: Path) -> str | None:
-    """The `license:` of a model card's front matter."""
+def stated_licence(folder: Path) -> str | None:
+    """The `license:` of a model card's front matter; for "other" the `license_name:` that goes with it."""
     card = folder / "README.md"
     if not card.is_file():
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
-    found = front and re.search(r"^license: *([\w.\-]+) *$", front[1], re.MULTILINE)
-    return found[1] if found else None
+    stated = dict(re.findall(r"^(license|license_name): *([\w.\-]+) *$", front[1], re.MULTILINE)) if front else {}
+    licence = stated.get("license")
+    return stated.get("license_name", licence) if licence == "other" else licence
 
 
 def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:

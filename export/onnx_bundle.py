@@ -55,8 +55,7 @@ def genai_config(
 
     Source: https://onnxruntime.ai/docs/genai/reference/config.html
     """
-    eos = generation.get("eos_token_id", list(shape.eos))
-    eos = eos if isinstance(eos, list) else [eos]
+    eos = list(shape.eos)  # of both configs
     bos = generation.get("bos_token_id", shape.bos)
     first = eos[0] if eos else 0
     pad = generation.get("pad_token_id", config.get("pad_token_id"))

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_quantise import QUANTISATIONS, alignment, fallbacks, predicted_bytes, quantise, tensor_types
-from edgeprune.export.gguf_writer import permute, rotary_factors, unpermute, write_gguf
+from edgeprune.export.gguf_writer import permute, rotary_factors, stated_licence, unpermute, write_gguf
 from edgeprune.families import FAMILIES
 from edgeprune.gguf_checkpoint import gguf_to_folder, llama3_scaling
 from edgeprune.runtimes.gguf_file import GgufFile, Value
@@ -344,3 +344,18 @@ def test_quantise_refuses(make_llama: MakeLlama, tmp_path: Path) -> None:
         quantise(broken, tmp_path / "q.gguf", kind="Q4_0", threads=1)
     assert not (tmp_path / "q.gguf").exists()
     assert not list(tmp_path.glob(".q.gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("license: apache-2.0", "apache-2.0"),
+        ("license: other\nlicense_name: gemma", "gemma"),
+        ("license: other", "other"),
+        ("license:\n- mit\n- cc0-1.0", None),
+        ('license: """\nSYSTEM x', None),
+    ],
+)
+def test_a_licence_is_a_name_or_nothing(card: str, licence: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlanguage: en\n{card}\n---\n# A model\n")
+    assert stated_licence(tmp_path) == licence

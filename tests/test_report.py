@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from edgeprune.cli import app
 from edgeprune.errors import BadInput
 from edgeprune.report_chart import Point, log_ticks, nice_ticks, pareto
-from edgeprune.report_page import number, view
+from edgeprune.report_page import bars, chosen_of, number, view
 from edgeprune.samples import QUESTIONS
 
 
@@ -44,6 +44,17 @@ def test_points_stand_where_their_figures_say() -> None:
     assert x[0] < x[2] < x[1] < chart["wanted"] < x[3] <= chart["right"]
     assert chart["top"] <= y[2] < y[1] < y[0] < y[3] <= chart["bottom"]
     assert len(chart["front"].split()) == 1, "the fastest is also the nearest to dense: no other is worth having"
+
+
+def test_memory_is_told_of_what_the_budget_is_judged_by(run: Path) -> None:
+    record = json.loads((run / "fit.json").read_text())
+    chosen = chosen_of(record)
+    chosen["speed"] = {"tg128": {"peak_mib": 900.0, "peak_gpu_mib": 300.0, "median_ts": 1, "low_ts": 1, "high_ts": 1}}
+    record["device"]["memory"]["dedicated"] = True
+    chosen["predicted"]["backend"] = "cuda"
+    assert {each["label"]: each["value"] for each in bars(chosen, record)}["memory"] == 300.0
+    chosen["predicted"]["backend"] = "cpu"
+    assert {each["label"]: each["value"] for each in bars(chosen, record)}["memory"] == 900.0
 
 
 def test_the_page_shows_what_the_record_says(run: Path) -> None:

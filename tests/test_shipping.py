@@ -69,7 +69,9 @@ def test_verify_finds_what_was_changed(run: Path, tmp_path: Path) -> None:
     assert found.ok and [(v.equal, v.here) for v in found.verdicts] == [(v.total, True) for v in found.verdicts]
     assert CliRunner().invoke(app, ["verify", str(folder)]).exit_code == 0
     (folder / ".cache" / "huggingface").mkdir(parents=True)
-    for name in (".gitattributes", ".cache/huggingface/.gitignore"):  # as the hub gives a folder back
+    (folder / "node_modules").mkdir()
+    # As the hub gives a folder back, and as npm leaves it.
+    for name in (".gitattributes", ".cache/huggingface/.gitignore", "node_modules/a.js", "package-lock.json"):
         (folder / name).write_text("*")
     assert verify(folder).ok
 
@@ -408,6 +410,7 @@ def test_transformers_js_says_the_same_in_a_browser(web: Path, site: str, pages:
 def test_one_precision_alone(run: Path, tmp_path: Path) -> None:
     folder = ship(run, "transformers.js:q4", tmp_path / "out")
     assert {path.name for path in (folder / "onnx").iterdir()} == {"model_q4.onnx", "model_q4.onnx_data"}
+    assert "The files here were made of the same weights in another form" in (folder / "MODEL_CARD.md").read_text()
     graphs = facts_of(folder)["graphs"]
     assert list(graphs) == ["q4"] and graphs["q4"]["measured"]["kl_nats"][0] > 0
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -16,13 +20,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from edgeprune.chat import renderer
+from edgeprune.chat import SOME_DAY, renderer
 from edgeprune.cli import app
 from edgeprune.conversation import Conversation
 from edgeprune.errors import BadInput
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import generate
+from edgeprune.samples import prompts_for
 from edgeprune.shipping.run import Run
+from edgeprune.sums import write_sums
 
 
 class Echo:
@@ -79,8 +85,10 @@ def test_the_oldest_turns_go_when_the_context_is_full() -> None:
     for _ in range(5):
         assert "".join(talk.say("a question of some length")) == "ok"
     assert talk.forgotten and talk.messages[0] == {"role": "system", "content": "s"}
+    before, forgotten = list(talk.messages), talk.forgotten
     with pytest.raises(BadInput, match="ask something shorter"):
         list(talk.say("x" * 200))
+    assert (talk.messages, talk.forgotten) == (before, forgotten), "what was said before is still known"
     assert "".join(talk.say("short")) == "ok"
 
 
@@ -101,6 +109,27 @@ def test_chat_answers_each_line(run: Path) -> None:
     assert done.output.count("tokens/s") == 2
 
 
+def test_chat_goes_on_without_what_only_the_device_has(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    facts = json.loads((copy / "best" / "bundle.json").read_text())
+    facts["settings"] = {"gpu_layers": 999} if facts["runtime"] == "llamacpp" else {"provider": "cuda"}
+    (copy / "best" / "bundle.json").write_text(json.dumps(facts))
+    write_sums(copy / "best")
+    done = CliRunner().invoke(app, ["chat", str(copy), "--max-tokens", "4"], input="Hello\n\n")
+    assert done.exit_code == 0 and "without the settings of the device" in done.output
+
+
+def test_a_template_that_tells_the_date_is_told_one(chat_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(chat_model, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+    ask = [{"role": "user", "content": "Hello"}]
+    fixed, today = renderer(folder, SOME_DAY), renderer(folder)
+    assert fixed is not None and today is not None
+    assert fixed(ask, True) == "26 Jul 2024: Hello" != today(ask, True)
+    assert prompts_for(folder, ["Hello"]) == ["26 Jul 2024: Hello"]
+
+
 def _get(url: str, **headers: str) -> Any:
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5)
 
@@ -112,7 +141,8 @@ def server(run: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "edgeprune", "serve", str(run), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    others = os.environ | {"CONFIG_FILE": "/nowhere.json", "API_KEY": "secret"}  # of other programs
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=others) as process:
         address = f"http://127.0.0.1:{port}"
         try:
             deadline = time.monotonic() + 60
@@ -141,6 +171,8 @@ def test_a_client_of_openai_completes_against_serve(run: Path, server: str) -> N
     assert said.choices[0].message.content is not None and said.usage.completion_tokens > 0
     with _get(f"{server}/v1/models", Origin="https://example.org") as answer:
         assert "access-control-allow-origin" not in {key.lower() for key in answer.headers}
+    with pytest.raises(urllib.error.HTTPError, match="400"):  # a name that was made to lead here
+        _get(f"{server}/v1/models", Host="rebound.example.org")
 
 
 def test_serve_refuses_what_llama_cpp_does_not_run(run: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from edgeprune.cores import available_cores
 from edgeprune.errors import unknown
-from edgeprune.files import atomic_folder, result_folder, write_text
+from edgeprune.files import atomic_folder, read_json, result_folder, write_text
 from edgeprune.samples import prompts_for
-from edgeprune.shipping.job import Entry, Job
+from edgeprune.shipping.job import BUNDLE_JSON, Entry, Job
 from edgeprune.shipping.proof import QUESTION, Verdict, check, prove, read_proofs, write_proofs
 from edgeprune.shipping.provenance import PROVENANCE, write_provenance
 from edgeprune.shipping.run import Bundle, Run, Say
@@ -97,7 +97,8 @@ def ship(
     target = TARGETS[name]
     say = say or (lambda _text: None)
     opened = Run.open(Path(run), model)
-    bundle = opened.bundle(target.runtime)
+    # A graph for an app is made of the weights of what was chosen, whatever runs that.
+    bundle = opened.bundle(None if options == "onnx" else target.runtime)
     out = result_folder(Path(out) if out is not None else opened.folder / FOLDER / name, PROVENANCE)
     threads = threads or available_cores()
     with atomic_folder(out) as temporary:
@@ -106,7 +107,7 @@ def ship(
         job.choose(target.options)
         entries = target.write(job)
         if not (temporary / "README.md").exists():
-            write_text(temporary / CARD, _card(bundle, entries))
+            write_text(temporary / CARD, _card(bundle, temporary))
         write_provenance(opened, bundle, name, temporary)
         say(f"proving {name}")
         _write_proofs(temporary, bundle, entries, threads)
@@ -114,15 +115,16 @@ def ship(
     return out
 
 
-def _card(bundle: Bundle, entries: Sequence[Entry]) -> str:
-    """The bundle's model card, and whose figures it has where the files here are others."""
+def _card(bundle: Bundle, folder: Path) -> str:
+    """The bundle's model card, and whose figures it has where the files in `folder` are others."""
     card = (bundle.folder / CARD).read_text(encoding="utf-8")
     facts = bundle.facts
-    if all(entry.runtime == facts["runtime"] for entry in entries):
+    written = [read_json(path) for path in folder.rglob(BUNDLE_JSON)]
+    if all(found[key] == facts[key] for found in written for key in ("runtime", "quantisation")):
         return card
     return (
         f"{card.rstrip()}\n\nThe figures above are of {facts['model_file']}, {facts['quantisation']} on "
-        f"{facts['runtime']}. The files here were made of the same weights for another runtime; what was measured of "
+        f"{facts['runtime']}. The files here were made of the same weights in another form; what was measured of "
         "them is in bundle.json.\n"
     )
 

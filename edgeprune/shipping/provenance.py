@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.files import write_json, write_text
-from edgeprune.models import LICENCES, copy_files
+from edgeprune.models import LICENCES, NOTICES, copy_files
 from edgeprune.shipping.run import Bundle, Run
 
 PROVENANCE = "provenance.json"
@@ -49,7 +49,7 @@ def _data(source: dict[str, Any]) -> dict[str, Any]:
 def write_licence(run: Run, bundle: Bundle, out: Path) -> None:
     """The base model's licence file where it came with one, else a note that names the licence."""
     licence = bundle.facts["licence"]
-    copy_files(bundle.folder, out, LICENCES)
+    copy_files(bundle.folder, out, (*LICENCES, *NOTICES))
     if any((out / name).is_file() for name in LICENCES):
         return
     named = f"under the licence {licence!r}" if licence else "and its files do not say under which licence"

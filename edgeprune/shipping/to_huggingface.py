@@ -62,7 +62,11 @@ def push(folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="edgeprune ship")
+        # Weights of an earlier upload, in other files, would be loaded before these.
+        stale = ["*.safetensors", "*.safetensors.index.json"]
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="edgeprune ship", delete_patterns=stale
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
         raise BadInput(

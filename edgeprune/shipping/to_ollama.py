@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from edgeprune.chat import ChatParts, chat_parts, renderer
+from edgeprune.chat import SOME_DAY, ChatParts, chat_parts, renderer
 from edgeprune.errors import BadInput
 from edgeprune.files import write_text
 from edgeprune.runtimes.gguf_file import GgufFile
@@ -48,7 +48,7 @@ def modelfile(job: Job) -> str:
 
 
 def _parts(job: Job) -> ChatParts | None:
-    render = renderer(job.bundle.folder)
+    render = renderer(job.bundle.folder, SOME_DAY)  # Go cannot tell the date
     if render is None:
         return None
     parts = chat_parts(render)
