@@ -49,7 +49,7 @@ from edgeprune.fetch import EVALUATION_WHEEL, fetch_wheel
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.models import Model, load
 from edgeprune.record import environment
-from edgeprune.reference import make_reference
+from edgeprune.reference import machine, make_reference
 
 SCHEMA = 1
 COLUMNS = ("prune", "quality", "tasks", "bytes", "shipped", "speed")
@@ -149,6 +149,8 @@ class Harness:
         if not wanted:
             return
         place = self.work / f"{method}-{ratio:g}"
+        if self.again:  # what is left there may be of other code
+            shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)
         steps = Row(self, METHODS.get(method, DENSE), method, ratio, place)
         for column in wanted:
@@ -173,6 +175,7 @@ class Harness:
         facts = {
             "settings": self.depends_on(row["method"], column),
             "version": version(),
+            "machine": machine(),
             "at": datetime.now(UTC).isoformat("T", "seconds"),
         }
         if METHODS.get(row["method"], DENSE).trains:
