@@ -93,7 +93,9 @@ def perplexity(row: Row, dense: Row) -> float | None:
     """Perplexity by the dense model's tokens: a row with another vocabulary reads the same text as more of them."""
     found, tokens = value(row, "quality", "perplexity"), value(row, "quality", "tokens")
     of_dense = value(dense, "quality", "tokens")
-    return None if found is None or not tokens or not of_dense else found ** (tokens / of_dense)
+    if found is None or value(row, "quality", "kl_nats") is not None:  # with a KL it reads the dense model's tokens
+        return found
+    return found ** (tokens / of_dense) if tokens and of_dense else None
 
 
 def text_table(record: Mapping[str, Any]) -> str:

@@ -299,9 +299,9 @@ def test_a_target_with_a_matrix_is_exported(tiny: Model, tiny_folder: Path, tmp_
     target = target_for("Q4_0:imatrix")
     export = FORMATS["gguf"].export
     with pytest.raises(BadInput, match="needs an importance matrix"):
-        export(tiny_folder, tmp_path / "q.gguf", target.quantisation, tmp_path, 1)
+        export(tiny_folder, tmp_path / "q.gguf", target.quantisation, tmp_path, threads=1)
     provide_imatrix(tiny_folder, tmp_path / IMATRIX, calibration=str(sample_text(tmp_path)))
-    out = export(tiny_folder, tmp_path / "q.gguf", target.quantisation, tmp_path, 1)
+    out = export(tiny_folder, tmp_path / "q.gguf", target.quantisation, tmp_path, threads=1)
     assert GgufFile(out).bytes_by_part() == target.format.parts(tiny.shape, target.quantisation)
     assert read_imatrix(tmp_path / IMATRIX).model_hash == tiny.hash
 

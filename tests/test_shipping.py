@@ -242,7 +242,8 @@ def test_push_uploads_what_was_shipped(uniform: Path, tmp_path: Path, monkeypatc
     def create(_self: Any, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         asked.append((repo_id, (private, exist_ok)))
 
-    def upload(_self: Any, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload(_self: Any, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]) -> None:
+        assert "*.safetensors" in delete_patterns  # of an earlier upload, in other files
         asked.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
@@ -327,7 +328,7 @@ def test_the_loader_for_onnx_runtime_says_what_was_proved(run: Path, tmp_path: P
     assert done.returncode == 0, done.stdout
 
     card = (folder / "MODEL_CARD.md").read_text()
-    assert "made of the same weights for another runtime" in card
+    assert "made of the same weights in another form" in card
     assert facts_of(place)["predicted"] is None and facts_of(place)["measured"]["runtime"].startswith("onnxruntime")
 
     (proof,) = read_proofs(folder)
