@@ -62,31 +62,39 @@ def summary_table(record: Mapping[str, Any]) -> str:
     demo model's average.
     """
     dense = dense_row(record)
-    base, whole = value(dense, "quality", "bits_per_byte"), average(dense)
+    whole = average(dense)
     lines = [
         "| method | removed | bits per byte | over dense | perplexity | KL, nats | top-1 | Q4_0: MB a token | tasks "
         "| of dense | above chance |",
         f"| ---{' | ---:' * 10} |",
     ]
     for row in ordered(record):
-        if (bits := value(row, "quality", "bits_per_byte")) is None:
+        if value(row, "quality", "bits_per_byte") is None:
             continue
-        read, mean = value(row, "bytes", "bytes_per_token"), average(row)
+        mean = average(row)
         cells = [
-            _label(row),
-            _share(row),
-            _number(bits, ".4f"),
-            _number(_over(row, base), ".3f"),
-            _perplexity(perplexity(row, dense)),
-            _number(value(row, "quality", "kl_nats"), ".4f"),
-            _number(value(row, "quality", "top1"), ".3f"),
-            _number(read / 1e6 if read else None, ".1f"),
+            *_quality_cells(row, dense),
             f"{100 * mean[0]:.1f} ± {100 * mean[1]:.1f}" if mean else ABSENT,
             f"{100 * mean[0] / whole[0]:.1f} %" if mean and whole else ABSENT,
             f"{100 * (mean[0] - CHANCE) / (whole[0] - CHANCE):.0f} %" if mean and whole else ABSENT,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _quality_cells(row: Row, dense: Row) -> list[str]:
+    """What both tables on text begin with: who, how much is gone, quality, and bytes a token."""
+    read = value(row, "bytes", "bytes_per_token")
+    return [
+        _label(row),
+        _share(row),
+        _number(value(row, "quality", "bits_per_byte"), ".4f"),
+        _number(_over(row, value(dense, "quality", "bits_per_byte")), ".3f"),
+        _perplexity(perplexity(row, dense)),
+        _number(value(row, "quality", "kl_nats"), ".4f"),
+        _number(value(row, "quality", "top1"), ".3f"),
+        _number(read / 1e6 if read else None, ".1f"),
+    ]
 
 
 def perplexity(row: Row, dense: Row) -> float | None:
@@ -101,25 +109,15 @@ def perplexity(row: Row, dense: Row) -> float | None:
 def text_table(record: Mapping[str, Any]) -> str:
     """Quality on text, and the costs: a line a row."""
     dense = dense_row(record)
-    base = value(dense, "quality", "bits_per_byte")
     lines = [
         "| method | removed | bits per byte | over dense | perplexity | KL, nats | top-1 | Q4_0: MB a token "
         "| Q4_0: KL | tokens/s | pruning, min | peak, MiB |",
         "|---|" + "---:|" * 11,
     ]
     for row in ordered(record):
-        bits = value(row, "quality", "bits_per_byte")
-        read = value(row, "bytes", "bytes_per_token")
         seconds = value(row, "prune", "seconds")
         cells = [
-            _label(row),
-            _share(row),
-            _number(bits, ".4f"),
-            _number(_over(row, base), ".3f"),
-            _perplexity(perplexity(row, dense)),
-            _number(value(row, "quality", "kl_nats"), ".4f"),
-            _number(value(row, "quality", "top1"), ".3f"),
-            _number(read / 1e6 if read else None, ".1f"),
+            *_quality_cells(row, dense),
             _number(value(row, "shipped", "kl_nats"), ".4f"),
             _number(value(row, "speed", "tg128"), ".0f"),
             _number(seconds / 60 if seconds is not None else None, ".1f"),

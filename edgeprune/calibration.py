@@ -99,9 +99,11 @@ def weighted_texts(source: str) -> Iterator[tuple[str, float]]:
         BadInput: as `read_weighted`, or no dataset of that name can be read.
     """
     path = Path(source).expanduser()
-    if path.exists():
-        return read_weighted(path)
-    return ((text, 1.0) for text in map(record_text, hub_records(source)) if text)
+    return read_weighted(path) if path.exists() else ((text, 1.0) for text in _hub_texts(source))
+
+
+def _hub_texts(name: str) -> Iterator[str]:
+    return filter(None, map(record_text, hub_records(name)))
 
 
 def weights_of(texts: Sequence[tuple[str, float]] | None) -> list[float] | None:
@@ -200,7 +202,9 @@ def text_set(
     """
     if source is None:
         return self_generated(model, count=count, length=length, seed=seed, progress=progress)
-    return take(model, (text for text, _ in weighted_texts(source)), source, count=count, length=length)
+    path = Path(source).expanduser()  # without the weights, which nobody uses here and which may be none
+    texts = read_texts(path) if path.exists() else _hub_texts(source)
+    return take(model, texts, source, count=count, length=length)
 
 
 def self_generated(

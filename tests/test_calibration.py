@@ -128,10 +128,11 @@ def test_half_a_character_is_no_error(tmp_path: Path) -> None:
     assert list(read_texts(path)) == ["cut ? here", "alone ?"]
 
 
-def test_weights_matter_to_those_who_use_them(tmp_path: Path) -> None:
+def test_weights_matter_to_those_who_use_them(tiny: Model, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "One."}\n{"text": "Two.", "weight": null}\n')
     assert list(read_texts(path)) == ["One.", "Two."]
+    assert text_set(tiny, str(path), count=2, length=2).tokens > 0
     with pytest.raises(BadInput, match="text 2 has weight None; give a number above 0"):
         list(read_weighted(path))
 
