@@ -24,11 +24,15 @@ $(VENV)/.made:
 	@touch $@
 
 # torch first and by exact version: a range would pull gigabytes of CUDA where a CPU build is at hand. llama-cpp-python
-# compiles here, without its multimodal part; pip keeps the wheel for the next time.
+# compiles here, without its multimodal part; pip keeps the wheel for the next time. Where the compiler would use AMX, it is
+# kept from it: llama.cpp's tile configuration is optimised away by some (GCC 12.2: seen; ggml-org/llama.cpp#26954), and
+# every prompt of a quantised file then dies of an illegal instruction.
+AMX := $(findstring __AMX_INT8__,$(shell $(CC) -march=native -dM -E -x c /dev/null 2>/dev/null))
+LLAMA_CMAKE := -DMTMD_BUILD=OFF $(if $(AMX),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "installing; compiling llama-cpp-python takes 4 to 8 minutes the first time"
 	$(PIP) install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	CMAKE_ARGS="-DMTMD_BUILD=OFF $$CMAKE_ARGS" $(PIP) install --quiet -c constraints.txt -e ".[all]"
+	CMAKE_ARGS="$(LLAMA_CMAKE) $$CMAKE_ARGS" $(PIP) install --quiet -c constraints.txt -e ".[all]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -72,7 +76,7 @@ test-arm: install-dev
 # libvulkan-dev glslc glslang-tools spirv-headers. llama.cpp wants headers of Vulkan 1.4; Debian 12 has older ones: unpack
 # trixie's libvulkan-dev (dpkg -x) and add -DVulkan_INCLUDE_DIR=…/usr/include to GPU_CMAKE_ARGS. No cache: pip's has the
 # wheel without a GPU under the same name.
-GPU_CMAKE_ARGS ?= -DGGML_VULKAN=on -DMTMD_BUILD=OFF
+GPU_CMAKE_ARGS ?= -DGGML_VULKAN=on $(LLAMA_CMAKE)
 $(VENV)-gpu/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-gpu
 	CMAKE_ARGS="$(GPU_CMAKE_ARGS)" $(VENV)-gpu/bin/python -m pip install --quiet --no-cache-dir --no-binary=llama-cpp-python -c constraints.txt llama-cpp-python numpy

@@ -60,12 +60,15 @@ class Made:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The chat template of a checkpoint folder, verbatim; it is never rendered here."""
+    """The chat template of a checkpoint folder, of several the default one, verbatim; it is never rendered here."""
     own_file = folder / "chat_template.jinja"
     if own_file.is_file():
         return own_file.read_text(encoding="utf-8")
     settings = folder / "tokenizer_config.json"
     template = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # several by name, "tool_use" beside "default"
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 

@@ -132,6 +132,14 @@ def _probe(name: str, package: str, extra: str, look: Callable[[], str]) -> Chec
         )
 
 
+# Some compilers optimise its tile configuration away (ggml-org/llama.cpp#26954; GCC 12.2: seen).
+_AMX = (
+    "compiled for AMX: if quantised files die of SIGILL, install it again with "
+    'CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8" pip install --force-reinstall '
+    "--no-cache-dir llama-cpp-python"
+)
+
+
 def _llamacpp() -> str:
     library = importlib.import_module("llama_cpp")
     info = library.llama_print_system_info().decode("utf-8", errors="replace")
@@ -139,7 +147,8 @@ def _llamacpp() -> str:
     from edgeprune.runtimes.llamacpp_devices import gpus
 
     found = "; ".join(map(str, gpus())) or "CPU only"
-    return f"{found}; {' '.join(dict.fromkeys(on))}"
+    amx = f"; {_AMX}" if "AMX_INT8" in on else ""
+    return f"{found}; {' '.join(dict.fromkeys(on))}{amx}"
 
 
 def _onnxruntime() -> str:

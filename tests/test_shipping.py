@@ -29,6 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from typer.testing import CliRunner
 
 from edgeprune import load_checkpoint, ship, verify
+from edgeprune.bundle import chat_template
 from edgeprune.chat import TRIALS, ChatParts, Message, Render, chat_parts, renderer
 from edgeprune.cli import app
 from edgeprune.errors import BadInput, EdgepruneError
@@ -231,6 +232,24 @@ def test_stock_transformers_loads_what_huggingface_gets(uniform: Path, tmp_path:
     assert facts["runtime"] == "pytorch" and facts["predicted"] is facts["measured"] is facts["memory_need_mib"] is None
     assert "per_layer_config" not in card
     assert verify(folder).ok
+
+
+def test_a_demo_model_is_named_by_the_repository_its_weights_are_from(uniform: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(uniform, tmp_path / "run", symlinks=True)
+    record = json.loads((run / "fit.json").read_text())
+    record["model"]["name"] = "demo"
+    (run / "fit.json").write_text(json.dumps(record))
+    card = (ship(run, "huggingface", tmp_path / "out") / "README.md").read_text()
+    assert "\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card.split("---\n")[1]
+
+
+def test_of_several_chat_templates_the_default_one_is_shipped(tmp_path: Path) -> None:
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}]
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": several}))
+    assert chat_template(tmp_path) == CHATML
+    settings.write_text(json.dumps({"chat_template": several[:1]}))
+    assert chat_template(tmp_path) is None
 
 
 def test_push_uploads_what_was_shipped(uniform: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, WEIGHTS, Checkpoint
 from edgeprune.errors import BadInput, missing_extra
+from edgeprune.fetch import DEMO_MODELS
 from edgeprune.files import read_json, write_json, write_text
 from edgeprune.models import COMPANIONS, HUB_ID
 from edgeprune.per_layer import KEY
@@ -34,7 +35,9 @@ def _card(job: Job, *, per_layer: bool) -> str:
     head, _, body = text.removeprefix("---\n").partition("---\n")
     head += "library_name: transformers\npipeline_tag: text-generation\n"
     name = str(job.run.record["model"]["name"])
-    if HUB_ID.fullmatch(name) and not Path(name).exists():  # a folder here tells others nothing
+    if name in DEMO_MODELS:
+        head += f"base_model: {DEMO_MODELS[name].hub_id}\n"
+    elif HUB_ID.fullmatch(name) and not Path(name).exists():  # a folder here tells others nothing
         head += f"base_model: {name}\n"
     notes = [
         f"These are the weights unquantised. The figures above are of {job.bundle.facts['model_file']}, "
