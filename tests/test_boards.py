@@ -39,13 +39,13 @@ from edgeprune.runtimes.ssh import Board, Link, LinkBroken, code
 from edgeprune.runtimes.tuning import Tuned
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
-needs_sshd = pytest.mark.skipif(SSHD is None, reason="no sshd on this machine (Debian: openssh-server)")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Board, psutil.Process]]:
     """A board on loopback with keys of its own, and its sshd."""
-    assert SSHD is not None
+    if SSHD is None:
+        pytest.skip("no sshd on this machine (Debian: openssh-server)")
     folder = tmp_path_factory.mktemp("sshd")
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd of root locks itself in
@@ -145,7 +145,6 @@ def test_wrong_addresses_are_refused_and_secrets_not_repeated(url: str) -> None:
 # Files
 
 
-@needs_sshd
 def test_a_file_arrives_once_and_a_half_one_goes_on(board: Board, tmp_path: Path) -> None:
     data = os.urandom(3 << 20)
     file = tmp_path / "weights.gguf"
@@ -164,7 +163,6 @@ def test_a_file_arrives_once_and_a_half_one_goes_on(board: Board, tmp_path: Path
     assert (blobs / digest).stat().st_mtime_ns >= before  # used again: the last to be removed
 
 
-@needs_sshd
 def test_a_damaged_beginning_is_sent_anew(board: Board, tmp_path: Path) -> None:
     file = tmp_path / "weights.gguf"
     file.write_bytes(b"right" * 1000)
@@ -175,7 +173,6 @@ def test_a_damaged_beginning_is_sent_anew(board: Board, tmp_path: Path) -> None:
     assert Path(Link(board).send(file)).read_bytes() == file.read_bytes()
 
 
-@needs_sshd
 def test_a_folder_keeps_its_names_and_the_cache_its_bound(
     board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +194,6 @@ def test_a_folder_keeps_its_names_and_the_cache_its_bound(
     assert kept == 2200
 
 
-@needs_sshd
 def test_the_agent_keeps_to_its_folder(board: Board) -> None:
     link = Link(board)
     for manifest in (b'{"../evil": "%s"}' % (b"0" * 64), b'{"/etc/evil": "%s"}' % (b"0" * 64)):
@@ -213,7 +209,6 @@ def test_the_agent_keeps_to_its_folder(board: Board) -> None:
 # Measurements
 
 
-@needs_sshd
 def test_a_file_is_measured_and_judged_there(board: Board, model: Path, tiny_folder: Path, tmp_path: Path) -> None:
     link = Link(board)
     told: list[dict[str, Any]] = []
@@ -242,7 +237,6 @@ def test_a_file_is_measured_and_judged_there(board: Board, model: Path, tiny_fol
     assert left_in(board) == []
 
 
-@needs_sshd
 def test_what_goes_wrong_there_is_told_as_if_it_were_here(board: Board, model: Path, tmp_path: Path) -> None:
     link = Link(board)
     (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
@@ -253,7 +247,6 @@ def test_what_goes_wrong_there_is_told_as_if_it_were_here(board: Board, model: P
     assert left_in(board) == []
 
 
-@needs_sshd
 def test_a_measurement_survives_a_broken_link(server: tuple[Board, psutil.Process], board: Board, model: Path) -> None:
     link = Link(board)
     told: list[int] = []
@@ -286,7 +279,6 @@ def test_a_measurement_survives_a_broken_link(server: tuple[Board, psutil.Proces
     assert left_in(board) == []
 
 
-@needs_sshd
 def test_a_result_waits_for_whoever_lost_the_link(
     server: tuple[Board, psutil.Process], board: Board, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +298,6 @@ def test_a_result_waits_for_whoever_lost_the_link(
     assert left_in(board) == []
 
 
-@needs_sshd
 def test_an_interrupt_ends_the_job_there(board: Board, model: Path) -> None:
     def interrupt(report: dict[str, Any]) -> None:
         if report["stage"] == "tg16":
@@ -351,7 +342,6 @@ def call(*arguments: object) -> None:
     assert caught.value.code in (0, None)
 
 
-@needs_sshd
 def test_commands_on_a_board(
     named: str, board: Board, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,7 +360,6 @@ def test_commands_on_a_board(
     assert "removed 1 files; 0.0 MiB are kept" in capsys.readouterr().out
 
 
-@needs_sshd
 @pytest.mark.usefixtures("short_fit")
 def test_fit_measures_and_judges_its_candidates_there(
     named: str, board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -439,7 +428,6 @@ def lab(board: Board, tmp_path: Path) -> Path:
 LAB: dict[str, Any] = {"n_prompt": 0, "n_gen": 4, "repetitions": 1, "least_s": 0, "gate_s": None, "threads": None}
 
 
-@needs_sshd
 def test_a_matrix_of_files_and_boards(lab: Path, model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     shutil.copy(model, other)
@@ -459,7 +447,6 @@ def test_a_matrix_of_files_and_boards(lab: Path, model: Path, tmp_path: Path) ->
         run_matrix([model, model], read_boards(lab), LAB)
 
 
-@needs_sshd
 def test_a_matrix_through_a_scheduler(lab: Path, model: Path) -> None:
     distributed = pytest.importorskip("distributed")
     boards = {name: entry for name, entry in read_boards(lab).items() if name != "gone"}
@@ -475,7 +462,6 @@ def test_a_matrix_through_a_scheduler(lab: Path, model: Path) -> None:
 # Refusals
 
 
-@needs_sshd
 def test_an_unknown_host_key_is_refused(board: Board, tmp_path: Path) -> None:
     assert board.ssh_config is not None
     text = board.ssh_config.read_text()
@@ -488,7 +474,6 @@ def test_an_unknown_host_key_is_refused(board: Board, tmp_path: Path) -> None:
         Link(replace(board, ssh_config=config)).agent("hello")
 
 
-@needs_sshd
 def test_a_board_that_is_not_set_up_or_not_there(board: Board) -> None:
     with pytest.raises(StageFailed, match="not set up; edgeprune boards setup ssh://"):
         Link(replace(board, python=None)).agent("hello")
@@ -513,7 +498,6 @@ def tiny_wheel(folder: Path, name: str, version: str) -> Path:
     return path
 
 
-@needs_sshd
 def test_setting_up_from_wheels_and_once(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeprune.runtimes.ssh._UNPACK", "import sys; sys.stdin.read()")  # no numpy there: no agent
     monkeypatch.setattr(Link, "agent", lambda self, command: {"asked": command})

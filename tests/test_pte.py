@@ -118,9 +118,15 @@ def test_the_text_runner_says_what_was_proved(run: Path, tmp_path: Path) -> None
     runner = TextLLMRunner(str(folder / "model.pte"), str(folder / "tokenizer.json"))
     said: list[str] = []
     settings = GenerationConfig(max_new_tokens=len(proof.tokens), temperature=0.0, echo=False)
-    runner.generate(proof.prompt, settings, said.append)
-    beginning = "".join(said).strip("\ufffd")[:8]
-    assert beginning and tokenizer.decode(proof.tokens).startswith(beginning)
+    try:
+        runner.generate(proof.prompt, settings, said.append)
+    except UnicodeDecodeError:
+        # It hands over each token as a text of its own, which a piece of a character is not. A random model may say
+        # one; which tokens it says hangs on the processor's rounding.
+        assert "\ufffd" in tokenizer.decode(proof.tokens[len(said) : len(said) + 1])
+    else:
+        assert said
+    assert tokenizer.decode(proof.tokens).startswith("".join(said).strip("\ufffd")[:8])
     assert verify(folder).ok
     with pytest.raises(BadInput, match="unknown option"):
         ship(run, "executorch:int2", tmp_path / "other")
