@@ -23,12 +23,14 @@ $(VENV)/.made:
 	$(PIP) install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
 	@touch $@
 
-# torch first and by exact version: a range would pull gigabytes of CUDA where a CPU build is at hand. llama-cpp-python
-# compiles here, without its multimodal part; pip keeps the wheel for the next time. Where the compiler would use AMX, it is
-# kept from it: llama.cpp's tile configuration is optimised away by some (GCC 12.2: seen; ggml-org/llama.cpp#26954), and
-# every prompt of a quantised file then dies of an illegal instruction.
+# llama.cpp is compiled without its multimodal part, and without AMX where the compiler would use that: some optimise
+# ggml's tile configuration away (GCC 12.2: seen; ggml-org/llama.cpp#26954), and every prompt of a quantised file then
+# dies of an illegal instruction.
 AMX := $(findstring __AMX_INT8__,$(shell $(CC) -march=native -dM -E -x c /dev/null 2>/dev/null))
 LLAMA_CMAKE := -DMTMD_BUILD=OFF $(if $(AMX),-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8)
+
+# torch first and by exact version: a range would pull gigabytes of CUDA where a CPU build is at hand. llama-cpp-python
+# compiles here; pip keeps the wheel for the next time.
 $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "installing; compiling llama-cpp-python takes 4 to 8 minutes the first time"
 	$(PIP) install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)"

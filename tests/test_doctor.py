@@ -231,6 +231,8 @@ def test_a_llama_cpp_that_was_compiled_for_amx_is_told(monkeypatch: pytest.Monke
         monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda info=info: info)
         assert ("-mno-amx-int8" in told()) is there
 
+
+def test_version_caps() -> None:
     def among(versions: dict[str, str]) -> Callable[[str], str | None]:
         return lambda package: versions.get(package)
 

@@ -125,7 +125,7 @@ def test_the_text_runner_says_what_was_proved(run: Path, tmp_path: Path) -> None
         # one; which tokens it says hangs on the processor's rounding.
         assert "\ufffd" in tokenizer.decode(proof.tokens[len(said) : len(said) + 1])
     else:
-        assert said
+        assert "".join(said).strip("\ufffd")
     assert tokenizer.decode(proof.tokens).startswith("".join(said).strip("\ufffd")[:8])
     assert verify(folder).ok
     with pytest.raises(BadInput, match="unknown option"):

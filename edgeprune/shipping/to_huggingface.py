@@ -35,10 +35,9 @@ def _card(job: Job, *, per_layer: bool) -> str:
     head, _, body = text.removeprefix("---\n").partition("---\n")
     head += "library_name: transformers\npipeline_tag: text-generation\n"
     name = str(job.run.record["model"]["name"])
-    if name in DEMO_MODELS:
-        head += f"base_model: {DEMO_MODELS[name].hub_id}\n"
-    elif HUB_ID.fullmatch(name) and not Path(name).exists():  # a folder here tells others nothing
-        head += f"base_model: {name}\n"
+    base = DEMO_MODELS[name].hub_id if name in DEMO_MODELS else name
+    if HUB_ID.fullmatch(base) and not Path(base).exists():  # a folder here tells others nothing
+        head += f"base_model: {base}\n"
     notes = [
         f"These are the weights unquantised. The figures above are of {job.bundle.facts['model_file']}, "
         f"{job.bundle.facts['quantisation']}, which was made of them.",
