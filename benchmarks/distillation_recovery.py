@@ -10,8 +10,12 @@ recovery: each set trains the pruned model for the same number of steps, as many
 pass (4 windows of 256 tokens a step), whatever its size: a small set is seen often, a large one once. calibration: each
 set is what the dense model is pruned with, to the same widths; nothing is trained.
 
+`--halves`: the sets of a seed are chosen from a half of the pool's documents, drawn by the seed, so that a method in
+which nothing else is drawn has sets that differ too.
+
 Judged on other text, in llama.cpp: KL to the dense model and bits per byte over the dense model's, on WikiText-2's test
-text and on TinyStories. Finished cells in OUT are kept; `--render` prints the tables of what is there.
+text and on TinyStories. What is chosen by such figures, as `--method auto` is, is chosen by WikiText-2's validation
+text. Finished cells in OUT are kept; `--render` prints the tables of what is there.
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +62,7 @@ from edgeprune.tasks import run_tasks
 RATIO = 0.2
 POOL = ("c4/c4.txt", "c4/c4_demo.jsonl", "wikipedia/wikipedia.txt")
 JUDGED = {"wikitext2": "wikitext2/wiki.test.raw", "tinystories": "tinystories/tinystories.txt"}
+CHOSEN_BY = {"validation": "wikitext2/wiki.valid.raw"}
 WINDOWS = 20  # of 512 tokens of each judged text
 STEPS = 256
 # The protocol's own, whatever `recover` does by default.
@@ -93,11 +100,12 @@ class Bench:
 
     def distilled(self, method: str, tokens: int, seed: int, student: bool) -> tuple[Path, float]:
         """A set, made once, and the seconds it took."""
-        out = self.args.sets / f"{method}-{tokens}-{seed}{'-student' if student else ''}.jsonl"
+        ends = f"{'-student' if student else ''}{'-half' if self.args.halves else ''}"
+        out = self.args.sets / f"{method}-{tokens}-{seed}{ends}.jsonl"
         if not out.exists():
             self.args.sets.mkdir(parents=True, exist_ok=True)
             distil(
-                [str(self.source)],
+                [str(self._half(seed) if self.args.halves else self.source)],
                 out,
                 model=self.dense,
                 tokens=tokens,
@@ -106,6 +114,17 @@ class Bench:
                 seed=seed,
             )
         return out, float(read_json(out.with_name(f"{out.name}.record.json"))["seconds"])
+
+    def _half(self, seed: int) -> Path:
+        """A half of the pool's documents."""
+        path = self.scratch / f"half-{seed}.jsonl"
+        if not path.exists():
+            texts = [
+                part for name in POOL for text in read_texts(self.source / Path(name).name) for part in parts(text)
+            ]
+            drawn = random.Random(seed).sample(texts, len(texts) // 2)
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn), encoding="utf-8")
+        return path
 
     def recovered(self, method: str, tokens: int, seed: int) -> Cell:
         """Distil with the pruned model at hand, train, judge."""
@@ -148,7 +167,7 @@ class Bench:
         path.unlink(missing_ok=True)
         write_gguf(folder, path, dtype="F32")
         cell: Cell = {}
-        for name, file in JUDGED.items():
+        for name, file in (JUDGED | CHOSEN_BY).items():
             reference = make_reference(
                 self.dense,
                 (self.args.data / file).read_text(encoding="utf-8"),
@@ -175,6 +194,18 @@ class Bench:
         return cell
 
 
+def parts(text: str, least: int = 2000) -> Iterator[str]:
+    """Whole lines of a text, together at least `least` characters a part but for the last."""
+    lines: list[str] = []
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        if sum(map(len, lines)) >= least:
+            yield "".join(lines)
+            lines.clear()
+    if lines:
+        yield "".join(lines)
+
+
 def table(cells: list[Cell], name: str) -> str:
     """One table of one pruned model's cells, in Markdown: means over seeds."""
     groups: dict[tuple[str, int], list[Cell]] = {}
@@ -182,17 +213,21 @@ def table(cells: list[Cell], name: str) -> str:
         if cell["table"] == name and "error" not in cell:
             groups.setdefault((cell["method"], cell["tokens"]), []).append(cell)
     lines = [
-        "| method | tokens | sets | WikiText-2 KL | bits/byte | TinyStories KL | bits/byte | tasks | distilled in |"
+        "| method | tokens | sets | validation KL | WikiText-2 KL | bits/byte | TinyStories KL | bits/byte | tasks "
+        "| distilled in |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
 
     def mean(cells: list[Cell], text: str, figure: str) -> str:
-        values = [cell[text][figure] for cell in cells]
+        values = [cell[text][figure] for cell in cells if text in cell]  # earlier cells have no validation text
+        if not values:
+            return "–"
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.4f}{spread}"
 
     for (method, tokens), cells in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
-        figures = [mean(cells, text, figure) for text in JUDGED for figure in ("kl", "bits_per_byte")]
+        figures = [mean(cells, text, "kl") for text in CHOSEN_BY]
+        figures += [mean(cells, text, figure) for text in JUDGED for figure in ("kl", "bits_per_byte")]
         scores = [100 * statistics.mean(cell[task] for task in TASKS) for cell in cells if TASKS[0] in cell]
         tasks = f"{statistics.mean(scores):.1f}" if scores else "–"
         seconds = statistics.mean(cell["distil_s"] for cell in cells)
@@ -210,6 +245,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[n for n, entry in METHODS.items() if entry.kind != "make"])
     parser.add_argument("--tokens", nargs="+", default=["16k", "64k", "256k"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--halves", action="store_true", help="a half of the pool for each seed")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--tasks", action="store_true", help="judge on tasks too")
     parser.add_argument("--limit", type=int, default=1000, help="items of a task")
@@ -230,7 +266,8 @@ def main() -> None:
                 for tokens in (count_of(text, "--tokens") for text in args.tokens):
                     for seed in args.seeds:
                         for method in args.methods:
-                            add(record, bench, {"table": name, "method": method, "tokens": tokens, "seed": seed})
+                            of = f"{name}, halves" if args.halves else name
+                            add(record, bench, {"table": of, "method": method, "tokens": tokens, "seed": seed})
     for student in dict.fromkeys(cell["student_sha256"] for cell in record["cells"]):
         cells = [cell for cell in record["cells"] if cell["student_sha256"] == student]
         for name in sorted({cell["table"] for cell in cells}, reverse=True):
@@ -242,10 +279,10 @@ def add(record: dict[str, Any], bench: Bench, key: Cell) -> None:
     key = key | {"student_sha256": bench.identity}
     if any(all(cell.get(name) == value for name, value in key.items()) for cell in record["cells"]):
         return
-    if key["table"] == "calibration" and METHODS[key["method"]].student:
+    if key["table"].startswith("calibration") and METHODS[key["method"]].student:
         return  # needs a pruned model, which there is none yet
     print(f"{time.strftime('%H:%M:%S')} {key}", file=sys.stderr, flush=True)
-    run = bench.recovered if key["table"] == "recovery" else bench.calibrated
+    run = bench.recovered if key["table"].startswith("recovery") else bench.calibrated
     try:
         cell = key | {"steps": bench.args.steps} | run(key["method"], key["tokens"], key["seed"])
     except EdgepruneError as error:
