@@ -13,8 +13,18 @@ from edgeprune.output import print_checks, print_inspection, print_json, print_p
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
+def model_file(name: str) -> Path:
+    """What a command that looks at files is given: a path, or a demo's name, which stands for its file."""
+    from edgeprune.fetch import DEMO_MODELS, demo_model
+
+    return demo_model(name) if name in DEMO_MODELS else Path(name)
+
+
 def inspect(
-    path: Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help=".gguf file, ONNX folder, checkpoint folder, or demo.", parser=model_file, metavar="FILE"),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show what is in a model file: family, widths of each layer, bytes by part, quantisation."""
@@ -29,7 +39,13 @@ def inspect(
 
 def predict(
     path: Annotated[
-        Path | None, typer.Argument(help=".gguf file, or checkpoint folder with --quant.", show_default=False)
+        Path | None,
+        typer.Argument(
+            help=".gguf file, checkpoint folder with --quant, or demo.",
+            show_default=False,
+            parser=model_file,
+            metavar="FILE",
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", "-d", help="Profile name, path of a .toml, or host.")] = "host",
     params: Annotated[

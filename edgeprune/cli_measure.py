@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeprune.cli_look import AsJson
+from edgeprune.cli_look import AsJson, model_file
 from edgeprune.cli_recover import duration
 from edgeprune.cores import available_cores
 from edgeprune.errors import BadInput
@@ -24,7 +24,10 @@ class Form(StrEnum):
     csv = "csv"
 
 
-File = Annotated[Path, typer.Argument(help=".gguf file, ONNX folder, or checkpoint folder.")]
+File = Annotated[
+    Path,
+    typer.Argument(help=".gguf file, ONNX folder, checkpoint folder, or demo.", parser=model_file, metavar="FILE"),
+]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads here. Default: all cores.")]
 Gate = Annotated[
     bool,
@@ -54,7 +57,10 @@ def counts_of(text: str | None) -> list[int]:
 
 def bench(
     paths: Annotated[
-        list[Path], typer.Argument(help=".gguf files, ONNX folders, or checkpoint folders.", metavar="FILE...")
+        list[Path],
+        typer.Argument(
+            help=".gguf files, ONNX folders, checkpoint folders, or demo.", parser=model_file, metavar="FILE"
+        ),
     ],
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt (0: leave out).")] = 512,
     n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to generate (0: leave out).")] = 128,
@@ -139,8 +145,14 @@ def _bench_lab(paths: list[Path], boards: Path, options: dict[str, Any], schedul
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="A: .gguf file, ONNX folder, or checkpoint folder.", metavar="A")],
-    second: Annotated[Path, typer.Argument(help="B: the same file again to compare threads or settings.", metavar="B")],
+    first: Annotated[
+        Path,
+        typer.Argument(help="A: .gguf file, ONNX folder, checkpoint folder, or demo.", parser=model_file, metavar="A"),
+    ],
+    second: Annotated[
+        Path,
+        typer.Argument(help="B: the same file again to compare threads or settings.", parser=model_file, metavar="B"),
+    ],
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of the prompt (0: leave out).")] = 256,
     n_gen: Annotated[int, typer.Option("-n", "--n-gen", help="Tokens to generate (0: leave out).")] = 64,
     rounds: Annotated[int, typer.Option("--rounds", help="How often each is measured; 6 at least.")] = 12,

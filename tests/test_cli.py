@@ -139,6 +139,15 @@ def test_hostile_files_are_one_line(tmp_path: Path, tiny_folder: Path) -> None:
         assert result.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
 
 
+def test_a_demos_name_stands_for_its_file(demo_gguf: Path, tmp_path: Path) -> None:
+    found = edgeprune("inspect", "demo", "--json", cwd=tmp_path)
+    assert json.loads(found.stdout)["path"] == str(demo_gguf), found.stderr
+    predicted = edgeprune("predict", "demo", "--device", "rpi5", cwd=tmp_path)
+    assert predicted.returncode == 0 and "tokens/s" in predicted.stdout, predicted.stderr
+    (tmp_path / "demo").mkdir()
+    assert edgeprune("inspect", "./demo", cwd=tmp_path).stderr.startswith("error: demo: not a model")
+
+
 def test_a_budget_nothing_meets_is_exit_code_3(tiny_folder: Path, tmp_path: Path) -> None:
     result = edgeprune(
         "fit", "--model", tiny_folder, "--device", "rpi5", "--min-tps", "9e7", "--context", "128", cwd=tmp_path
