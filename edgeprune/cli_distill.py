@@ -50,7 +50,7 @@ def distill(
     student: Annotated[
         Path | None,
         typer.Option(
-            "--student", help="Folder of the pruned model: what is matched is then what recovers it (auto: random)."
+            "--student", help="Folder of the pruned model: what is matched is then what recovers it (random: no model)."
         ),
     ] = None,
     text_field: Annotated[

@@ -55,11 +55,10 @@ class Distilled:
     seconds: float
 
 
-def auto(student: bool, labelled: bool) -> str:
-    """The method that did best in `benchmarks/distillation_*.py`; for recovery none did better than random text."""
-    if labelled:
-        return "gradient-matching"
-    return "random" if student else "herding"
+def auto(labelled: bool) -> str:
+    """The method that did best in `benchmarks/distillation_*.py`: of text without labels none did better than chance,
+    neither for recovery nor for calibration."""
+    return "gradient-matching" if labelled else "random"
 
 
 def record_path(out: Path) -> Path:
@@ -110,7 +109,7 @@ def distil(
     fields = fields or Fields()
     quota = _quota(tokens, per_class, fields)
     if method == AUTO:
-        method = auto(student is not None, fields.label is not None)
+        method = auto(fields.label is not None)
     entry = method_named(method)
     _check(out, entry, method, student)
     with tempfile.TemporaryDirectory(prefix="edgeprune-distil-") as name:
