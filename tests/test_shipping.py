@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +43,6 @@ from edgeprune.shipping.to_transformers_js import VERSION
 
 def facts_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "bundle.json").read_text()))
-
-
-def missed(proof: Proof, say: Callable[[list[int], int], Sequence[int]]) -> int:
-    """How many of a proof's tokens another build of the runtime says otherwise: `say(tokens, count)` continues tokens.
-
-    Its kernels round activations otherwise, and a random model's best two tokens may be that close. After each such
-    token it goes on with the stored one.
-    """
-    done, count, total = 0, 0, len(proof.tokens)
-    while done < total:
-        said = say([*proof.prompt_tokens, *proof.tokens[:done]], total - done)
-        assert said
-        other = [at for at, (a, b) in enumerate(zip(said, proof.tokens[done:], strict=False)) if a != b]
-        count += bool(other)
-        done += other[0] + 1 if other else len(said)
-    return count
-
-
-def few(proof: Proof) -> float:
-    """How many that may be: as many as `verify` lets pass on another processor."""
-    return (1 - LEAST_ELSEWHERE) * len(proof.tokens)
 
 
 def test_gguf_chats_in_llama_cpp(run: Path, tmp_path: Path) -> None:
@@ -227,11 +206,9 @@ def test_genai_generates_what_was_proved(run: Path, tmp_path: Path) -> None:
 
     folder = ship(run, "onnxruntime-genai", tmp_path / "out")
     (proof,) = read_proofs(folder)
-
-    def say(ids: list[int], count: int) -> list[int]:
-        return generated(folder, np.array(ids), len(ids) + count)[len(ids) :]
-
-    assert missed(proof, say) <= few(proof)
+    prompt = np.array(proof.prompt_tokens)
+    made = generated(folder, prompt, len(prompt) + len(proof.tokens))[len(prompt) :]
+    assert made and made == list(proof.tokens[: len(made)])
 
 
 def _logits(module: Any, ids: list[int]) -> torch.Tensor:
@@ -378,16 +355,14 @@ def test_the_loader_for_onnx_runtime_says_what_was_proved(run: Path, tmp_path: P
     mobile = "import { InferenceSession, Tensor } from 'onnxruntime-react-native'"
     assert mobile in script
     script = script.replace(mobile, "import ort from 'onnxruntime-node'; const { InferenceSession, Tensor } = ort")
-
-    def say(ids: list[int], count: int) -> list[int]:
-        asked = f"{json.dumps(str(place / 'model.onnx'))}), {json.dumps(ids)}, () => {{}}, {count}"
-        ask = f"\nconsole.log(JSON.stringify(await answer(await loadModel({asked})))\n"
-        (npm / "answer.mjs").write_text(script + ask)
-        ran = subprocess.run(["node", "answer.mjs"], cwd=npm, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stderr
-        return list(json.loads(ran.stdout.splitlines()[-1]))
-
-    assert missed(proof, say) <= few(proof)
+    asked = (
+        f"{json.dumps(str(place / 'model.onnx'))}), {json.dumps(proof.prompt_tokens)}, () => {{}}, {len(proof.tokens)}"
+    )
+    script += f"\nconsole.log(JSON.stringify(await answer(await loadModel({asked})))\n"
+    (npm / "answer.mjs").write_text(script)
+    ran = subprocess.run(["node", "answer.mjs"], cwd=npm, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout.splitlines()[-1]) == list(proof.tokens)
 
 
 # transformers.js
@@ -413,18 +388,13 @@ def test_transformers_js_says_the_same_in_node(web: Path, npm: Path) -> None:
     assert render is not None
     tokenizer = transformers.AutoTokenizer.from_pretrained(web)
     for proof, dtype in zip(read_proofs(web), ("q4", "q8", "fp16"), strict=True):
-        said: dict[str, Any] = {}
-
-        def say(ids: list[int], count: int, dtype: str = dtype, said: dict[str, Any] = said) -> list[int]:
-            arguments = [str(web), dtype, str(count), *map(str, ids)]
-            done = subprocess.run(
-                ["node", "continue.mjs", *arguments], cwd=npm, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr
-            said.update(json.loads(done.stdout.splitlines()[-1]))
-            return list(said["tokens"])
-
-        assert missed(proof, say) <= few(proof), dtype
+        arguments = [str(web), dtype, str(len(proof.tokens)), *map(str, proof.prompt_tokens)]
+        done = subprocess.run(
+            ["node", "continue.mjs", *arguments], cwd=npm, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout.splitlines()[-1])
+        assert said["tokens"] == list(proof.tokens), dtype
         text = render([{"role": "user", "content": "Hello, é 雨 🙂"}], True)
         assert said["text"] == text
         assert said["ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -443,6 +413,21 @@ def site(web: Path, npm: Path, tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+def missed(proof: Proof, say: Callable[[list[int], int], list[int]]) -> int:
+    """How many of a proof's tokens are said otherwise, by `say(tokens, count)`, which continues tokens.
+
+    After each such token it goes on with the stored one.
+    """
+    done, count, total = 0, 0, len(proof.tokens)
+    while done < total:
+        said = say([*proof.prompt_tokens, *proof.tokens[:done]], total - done)
+        assert said
+        other = [at for at, (a, b) in enumerate(zip(said, proof.tokens[done:], strict=False)) if a != b]
+        count += bool(other)
+        done += other[0] + 1 if other else len(said)
+    return count
+
+
 def test_transformers_js_says_the_same_in_a_browser(web: Path, site: str, pages: Pages) -> None:
     page = pages.open(site, width=390)
     page.wait_for_function("document.getElementById('state').textContent == 'ready'", timeout=60_000)
@@ -452,7 +437,9 @@ def test_transformers_js_says_the_same_in_a_browser(web: Path, site: str, pages:
         def say(ids: list[int], count: int, dtype: str = dtype, script: str = script) -> list[int]:
             return list(page.evaluate(script, [ids, count, dtype]))
 
-        assert missed(proof, say) <= few(proof), dtype
+        # WASM's kernels round activations otherwise than the processor's own, and a random model's best two tokens may
+        # be that close: as few may differ as `verify` lets pass on another processor.
+        assert missed(proof, say) <= (1 - LEAST_ELSEWHERE) * len(proof.tokens), dtype
     page.click("#ask")
     page.wait_for_function("/tokens.s here|failed/.test(document.getElementById('state').textContent)", timeout=60_000)
     assert "tokens/s here" in page.inner_text("#state"), page.inner_text("#state")
