@@ -13,8 +13,9 @@ and trains a learner from five seeds (`--seeds`, for a learner that takes minute
 Methods choose by the learner's own frozen states; `full` trains on everything. By name alone, since they take minutes a
 set: `synthetic` is what the demo model writes, for all learners alike, after the whole training data and from five
 seeds; `soft` trains only what it was made with, the demo model with a classifier and its last layer (`decoder-head`).
-Accuracy on up to 1,000 test texts, the same for all. Finished cells in OUT are kept; `--render` prints the tables,
-beside the published one (another learner).
+Accuracy on up to 1,000 test texts, the same for all. What is chosen by such figures, as `--method auto` is, is chosen
+with `--validation`: by as many training texts that no set is made of. Finished cells in OUT are kept; `--render` prints
+the tables, beside the published one (another learner).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ CHOSEN = ("random", "lexical", "herding", "k-center", "distribution-matching", "
 MADE = ("synthetic", "soft")
 SETS, SEEDS = 5, 5
 TEST = 1000
+VALIDATION = " validation"  # ends the name of a set that is judged by training texts which no set is made of
 LEARNERS = ("minilm", "minilm-head", "decoder-head")
 HEAD_RATE = 1e-2
 # BERT-base trained for 200 steps on 5/10/20 texts a class: DiLM (arXiv 2404.00264) and CondenseLM (EMNLP 2025).
@@ -101,13 +103,20 @@ DATA: dict[str, Callable[[Path], tuple[Texts, Texts]]] = {
 }
 
 
+def split(name: str, folder: Path) -> tuple[Texts, Texts]:
+    """What sets are made of, and at most `TEST` texts to judge by: test data, or training data instead."""
+    train, test = DATA[name.removesuffix(VALIDATION)](folder)
+    if name.endswith(VALIDATION):
+        order = np.random.default_rng(1).permutation(len(train))
+        return [train[i] for i in order[TEST:]], [train[i] for i in order[:TEST]]
+    return train, [test[i] for i in np.random.default_rng(0).permutation(len(test))[:TEST]]
+
+
 class Problem:
     """One data set as one learner sees it: its pool, the states of all texts, the test texts."""
 
     def __init__(self, name: str, learner: str, data: Path) -> None:
-        self._train, test = DATA[name](data / "classification")
-        rng = np.random.default_rng(0)
-        test = [test[i] for i in rng.permutation(len(test))[:TEST]]
+        self._train, test = split(name, data / "classification")
         self.name, self.learner, self.encoder = name, learner, minilm()
         self._demo = checkpoint_folder(resolve("demo"))
         tokenizer = load_tokenizer(self._demo) if learner == "decoder-head" else self.encoder.tokenizer
@@ -252,7 +261,8 @@ def measure(problem: Problem, key: dict[str, Any], seeds: int) -> dict[str, Any]
 def table(record: dict[str, Any], learner: str) -> str:
     """One learner's accuracies in Markdown: mean ± standard deviation over all sets and seeds."""
     cells = {(c["set"], c["method"], c["per_class"]): c["accuracy"] for c in record["cells"] if c["learner"] == learner}
-    sets = [name for name in DATA if any(key[0] == name for key in cells)]
+    named = [name + end for end in ("", VALIDATION) for name in DATA]
+    sets = [name for name in named if any(key[0] == name for key in cells)]
     lines = [f"| {learner} | {' | '.join(sets)} |", "|---|" + "---|" * len(sets)]
 
     def cell(name: str, method: str, per_class: int) -> str:
@@ -289,12 +299,13 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--seeds", type=int, default=SEEDS, help="that train on each set")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--validation", action="store_true", help="judge by training texts that no set is made of")
     parser.add_argument("--render", action="store_true")
     args = parser.parse_args()
     record = read_json(args.out) if args.out.exists() else {"benchmark": "distillation_classification", "cells": []}
     torch.set_num_threads(args.threads)
     for learner in () if args.render else args.learners:
-        for name in args.sets:
+        for name in (each + VALIDATION * args.validation for each in args.sets):
             problem = None
             for method in args.methods:
                 for per_class in [0] if method == "full" else args.per_class:
