@@ -40,7 +40,7 @@ def distill(
         str,
         typer.Option(
             "--method",
-            help="auto, random, lexical, herding, k-center, distribution-matching, el2n, gradient-matching, "
+            help="auto, random, lexical, herding, k-center, k-means, distribution-matching, el2n, gradient-matching, "
             "divergence, best-of, self-generated, synthetic, soft.",
         ),
     ] = "auto",

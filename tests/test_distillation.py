@@ -24,7 +24,7 @@ from edgeprune.distillation import METHODS, distil, gradient_matching, readings,
 from edgeprune.distillation.base import Basket, Choice, Quota, Task
 from edgeprune.distillation.gradients import Sketch, error, inner_product
 from edgeprune.distillation.labelled import LabelledReadings
-from edgeprune.distillation.matching import clusters, farthest_first, herd, match
+from edgeprune.distillation.matching import central, clusters, farthest_first, herd, match
 from edgeprune.distillation.pool import Fields, Pool, Source, cut, make_pool, source_of
 from edgeprune.distillation.readings import COLUMNS, ModelReadings, Reading
 from edgeprune.distillation.soft import DecoderLearner, SoftSet, SoftSettings, optimise, padded, train
@@ -328,6 +328,7 @@ def test_no_method_takes_more_than_there_is_room_for(seed: int, n: int, tokens: 
         lambda basket: Choice(herd(features, features.mean(axis=0), basket)),
         lambda basket: match(features, features.mean(axis=0), basket, 0.1),
         lambda basket: farthest_first(features, basket),
+        lambda basket: central(features, 3, 0, basket),
     ):
         found = take(Basket(Quota(tokens=tokens), lengths))
         left = tokens - int(lengths[found.taken].sum())
@@ -368,6 +369,16 @@ def test_centers_and_clusters_reach_every_group() -> None:
     found = clusters(features, 6, 0)
     assert all(len(set(found[groups == group])) == 1 for group in range(6)) or len(set(found)) >= 4
     assert not clusters(np.ones((5, 2)), 3, 0).any()
+
+
+def test_k_means_takes_what_is_nearest_to_the_centres_of_its_clusters() -> None:
+    rng = np.random.default_rng(0)
+    features = np.repeat([[0.0, 0.0], [90.0, 0.0], [0.0, 90.0]], [20, 12, 7], axis=0) + rng.standard_normal((39, 2))
+    groups = np.repeat(np.arange(3), [20, 12, 7])
+    away = np.concatenate([np.square(rows - rows.mean(axis=0)).sum(axis=1) for rows in np.split(features, [20, 32])])
+    nearest = [np.argsort(np.where(groups == group, away, np.inf))[:2] for group in range(3)]
+    taken = central(features, 3, 0, Basket(Quota(count=6), np.ones(39, dtype=np.int64))).taken
+    assert taken.tolist() == [nearest[group][rank] for rank in range(2) for group in range(3)]  # larger clusters first
 
 
 def test_gradient_matching_has_the_pools_gradient(tiny_folder: Path, student: Path, pool: Pool, tmp_path: Path) -> None:
@@ -511,7 +522,7 @@ def test_every_method_writes_texts(
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("method", ["random", "k-center", "gradient-matching", "el2n", "synthetic"])
+@pytest.mark.parametrize("method", ["random", "k-center", "k-means", "gradient-matching", "el2n", "synthetic"])
 def test_texts_of_each_class(method: str, tiny_folder: Path, labelled_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "few.jsonl"
     fields = Fields(("headline",), "label")

@@ -43,6 +43,7 @@ METHODS: dict[str, Method] = {
     "lexical": Method("lexical", "covers the source's tokens, rare ones too"),
     "herding": Method("herding", "has the source's mean hidden state", ("means",)),
     "k-center": Method("k_center", "leaves no text of the source far away", ("means",)),
+    "k-means": Method("k_means", "is what lies in the middle of the source's clusters", ("means",)),
     "distribution-matching": Method("distribution_matching", "has the source's kernel mean", ("means",)),
     "el2n": Method("el2n", "what the dense model is most wrong about", ("errors",)),
     "gradient-matching": Method("gradient_matching", "has the source's mean gradient", ("gradients",)),

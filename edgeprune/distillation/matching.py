@@ -81,11 +81,26 @@ def farthest_first(features: Floats, basket: Basket) -> Choice:
     return Choice(basket.indices)
 
 
-def clusters(features: Floats, count: int, seed: int) -> Indices:
+def central(features: Floats, count: int, seed: int, basket: Basket) -> Choice:
+    """The row nearest to the centre of each of `count` clusters, then, while there is room, the next nearest of each.
+
+    Larger clusters come first.
+    """
+    groups = clusters(features, count, seed, iterations=50)
+    sizes = np.bincount(groups)
+    centres = np.stack([features[groups == g].mean(axis=0) if size else features[0] for g, size in enumerate(sizes)])
+    away = np.square(features - centres[groups]).sum(axis=1)
+    order = np.lexsort((away, groups))
+    rank = np.empty(len(groups), dtype=np.int64)  # of each row in its cluster
+    rank[order] = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return Choice(basket.fill(np.lexsort((-sizes[groups], rank))))
+
+
+def clusters(features: Floats, count: int, seed: int, iterations: int = 10) -> Indices:
     """The cluster of each row, (n,), of at most `count` by k-means (k-means++ starts)."""
     count = min(count, len(np.unique(features, axis=0)))
     if count <= 1:
         return np.zeros(len(features), dtype=np.int64)
     data = np.asarray(features, dtype=np.float64)
-    _, labels = kmeans2(data, count, minit="++", seed=np.random.default_rng(seed), missing="warn")
+    _, labels = kmeans2(data, count, iter=iterations, minit="++", seed=np.random.default_rng(seed), missing="warn")
     return np.asarray(labels, dtype=np.int64)
