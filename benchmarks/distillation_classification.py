@@ -57,8 +57,8 @@ TEST = 1000
 VALIDATION = " validation"  # ends the name of a set that is judged by training texts which no set is made of
 LEARNERS = ("minilm", "minilm-head", "decoder-head")
 HEAD_RATE = 1e-2
-# BERT-base trained for 200 steps on 5/10/20 texts a class: DiLM (arXiv 2404.00264) and CondenseLM (EMNLP 2025). Their
-# k-center is what is named `k-means` here.
+# BERT-base trained for 200 steps on 5/10/20 texts a class: DiLM (arXiv 2404.00264) and CondenseLM (EMNLP 2025). What
+# DiLM's code does under the name k-center is `k-means` here.
 PUBLISHED = {
     ("sst2", "random"): (58.1, 64.3, 70.3),
     ("sst2", "herding"): (70.2, 73.2, 76.9),

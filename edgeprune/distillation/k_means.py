@@ -1,7 +1,7 @@
 """`k-means`: the text nearest to the centre of each of as many clusters as texts are taken.
 
-What DiLM (arXiv 2404.00264) and those who compare with it measure under the name k-center; `k-center` here is the
-covering problem that it is named after.
+What DiLM's code does (arXiv 2404.00264) under the name k-center, whose figures others cite; `k-center` here is the
+covering problem of that name.
 """
 
 from __future__ import annotations
