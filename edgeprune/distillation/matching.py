@@ -87,13 +87,12 @@ def central(features: Floats, count: int, seed: int, basket: Basket) -> Choice:
     Larger clusters come first.
     """
     groups = clusters(features, count, seed, iterations=50)
-    sizes = np.bincount(groups)
-    centres = np.stack([features[groups == g].mean(axis=0) if size else features[0] for g, size in enumerate(sizes)])
-    away = np.square(features - centres[groups]).sum(axis=1)
-    order = np.lexsort((away, groups))
     rank = np.empty(len(groups), dtype=np.int64)  # of each row in its cluster
-    rank[order] = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return Choice(basket.fill(np.lexsort((-sizes[groups], rank))))
+    for group in np.unique(groups):
+        members = (groups == group).nonzero()[0]
+        away = np.square(features[members] - features[members].mean(axis=0)).sum(axis=1)
+        rank[members[np.argsort(away, kind="stable")]] = np.arange(len(members))
+    return Choice(basket.fill(np.lexsort((-np.bincount(groups)[groups], rank))))
 
 
 def clusters(features: Floats, count: int, seed: int, iterations: int = 10) -> Indices:
