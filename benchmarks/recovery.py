@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,6 +28,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.files import write_json
 from edgeprune.models import checkpoint_folder, resolve
 from edgeprune.packing import Windows, pack
+from edgeprune.passes import Passes
 from edgeprune.recipe import RECIPES, Recipe
 from edgeprune.record import environment
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
@@ -88,18 +88,13 @@ def ours(student: Path, teacher: Path, windows: Windows, recipe: Recipe, folder:
     learner = Learner(trainee.decoder, recipe.mix)
     optimizer = MasterAdamW(trainee.masters, trainee.parameters, betas=recipe.betas, decay=recipe.decay)
     count = TOKENS // windows.length
+    taught = records if recipe.mix.kl else None
+    passes = Passes(learner, list(trainee.parameters.values()), windows, taught, count)
     if warm:
         records.get(torch.arange(len(windows)))
 
     def step(number: int) -> None:
-        chosen = torch.arange(number * count, (number + 1) * count)
-        teach: tuple[Any, ...] = ()
-        if recipe.mix.kl:
-            found = records.get(chosen)
-            teach = (found.ids, found.probs, found.rest)
-        loss, *_ = learner(windows.ids[chosen], *teach)
-        loss.backward()
-        optimizer.collect(1.0)
+        passes(torch.arange(number * count, (number + 1) * count), optimizer)
         optimizer.step(1e-5, recipe.clip)
 
     return step

@@ -3,6 +3,7 @@ short: a token at a time for many texts (writing), and windows of a few hundred 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 GROUPED = "edgeprune_grouped"
+WINDOWS = "edgeprune_windows"
+_BLOCK = 256  # queries of a window that share a product: no later key is multiplied for them
 
 
 def grouped(
@@ -58,8 +61,69 @@ def grouped(
     return mixed.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
+def windows(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`grouped` for whole windows of text, each token of which sees those before it, by blocks of queries.
+
+    Half of a causal window's scores are hidden: a block is multiplied with the keys up to its own end alone, and scale
+    and mask belong to the product. Forward and backward of 9 heads, 3 groups, two windows of 512 tokens in bfloat16
+    (two cores with AMX): 18 ms, where `grouped` takes 31 and torch's fused kernel 27. Without gradients that kernel is
+    the fastest, and is taken.
+
+    Args:
+        attention_mask: as transformers' "sdpa" has it: None for whole windows, otherwise True for what is seen.
+
+    The others, and the result, are those of `grouped`.
+    """
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            seen = attention_mask
+            attention_mask = query.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(query.dtype).min)
+        return grouped(module, query, key, value, attention_mask, scaling, softcap, dropout)
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    scaling = width**-0.5 if scaling is None else scaling
+    left_out = dropout if module.training else 0.0
+    if softcap is None and not torch.is_grad_enabled():
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=left_out, is_causal=True, scale=scaling, enable_gqa=heads != groups
+        )
+        return mixed.transpose(1, 2).contiguous(), None
+    keys, values = key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
+    parts = []
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        rows = query[:, :, start:end].reshape(batch * groups, -1, width)
+        mask = _later(start, end, heads // groups, query.dtype, query.device).expand(batch * groups, -1, -1)
+        if softcap is None:
+            scores = torch.baddbmm(mask, rows, keys[:, :, :end], alpha=scaling)
+        else:
+            scores = mask + softcap * torch.tanh(torch.bmm(rows, keys[:, :, :end]) * (scaling / softcap))
+        weights = torch.nn.functional.dropout(scores.softmax(dim=-1), left_out)
+        parts.append(torch.bmm(weights, values[:, :end]).view(batch, heads, end - start, -1))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+@functools.lru_cache(maxsize=16)
+def _later(start: int, end: int, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Added to the scores of queries `start` to `end`, for each of the `heads` of a group: (heads · rows, end)."""
+    hidden = torch.full((end - start, end), torch.finfo(dtype).min, dtype=dtype, device=device).triu_(start + 1)
+    return hidden.repeat(heads, 1)
+
+
 AttentionInterface.register(GROUPED, grouped)
 AttentionMaskInterface.register(GROUPED, eager_mask)
+AttentionInterface.register(WINDOWS, windows)
+AttentionMaskInterface.register(WINDOWS, sdpa_mask)
 
 
 def _configs(model: Any) -> list[Any]:
@@ -69,7 +133,7 @@ def _configs(model: Any) -> list[Any]:
 
 
 def set_attention(model: Any, name: str) -> None:
-    """Let every layer of a model use the attention `name` of transformers, or `GROUPED`.
+    """Let every layer of a model use the attention `name` of transformers, `GROUPED` or `WINDOWS`.
 
     `set_attn_implementation` reaches no layer whose config is its own, as those of a per-layer plan are.
     """

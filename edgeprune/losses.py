@@ -24,6 +24,7 @@ from torch import Tensor
 Nats = TypeVar("Nats", float, Tensor)
 _BLOCK_BYTES = 128 << 20  # of logits held at once
 _CACHED_ROWS = 32  # rows whose float32 distribution a processor holds at once: stays in its cache
+_GROUP = 32  # values of a row whose maximum stands for them while the largest are looked for
 _LEAST_REST = 1e-7  # of q_r: below, 1 − Σ q is rounding error, and p_r / q_r would be noise
 
 
@@ -44,8 +45,28 @@ class TopK:
 
 def top_k(probs: Tensor, k: int) -> TopK:
     """The `k` likeliest tokens of distributions (N, V) and the rest's mass."""
-    best, ids = probs.topk(min(k, probs.shape[-1]), dim=-1)
+    best, ids = _largest(probs, min(k, probs.shape[-1]))
     return TopK(ids, best, (1 - best.sum(dim=-1)).clamp_min(0))
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest of each row of (N, V), largest first, and where they are: (N, k) each.
+
+    They lie in the k groups with the largest maxima, and in what no whole group takes. To read a row once for the
+    maxima and search a few groups takes half the time of a search of all of it (V = 49,152, k = 64).
+    """
+    n, v = values.shape
+    groups = v // _GROUP
+    if groups < 2 * k:
+        return values.topk(k, dim=-1)
+    # A group is every `groups`-th value: maxima are then taken of whole stretches at once.
+    maxima = values[:, : groups * _GROUP].view(n, _GROUP, groups).amax(dim=1)
+    chosen = maxima.topk(k, dim=-1).indices  # (N, k)
+    members = torch.arange(0, groups * _GROUP, groups, device=values.device)
+    tail = torch.arange(groups * _GROUP, v, device=values.device).expand(n, -1)
+    places = torch.cat([(chosen[:, :, None] + members).flatten(1), tail], dim=1)
+    best, found = values.gather(-1, places).topk(k, dim=-1)
+    return best, places.gather(-1, found)
 
 
 def bucket_kl(probs: Tensor, teacher: TopK) -> Tensor:

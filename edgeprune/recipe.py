@@ -27,7 +27,7 @@ class Recipe:
         length: tokens a window; 512, or as many as a model reads. The same 256 steps in windows of 256 and 512: bits
             per byte 1.230 and 1.225, and 7 % less speed.
         batch: windows a step, over all devices; rounded up so that each device has as many.
-        micro_tokens: tokens of one pass through the model on one device; a step has as many passes as it needs.
+        micro_tokens: tokens that pass through the model at once on one device; a step takes as many rounds as it needs.
         rate: peak learning rate; None chooses it by the steps there will be and the damage (`peak_rate`).
         warmup: share of the run in which the rate rises.
         betas, decay, clip: AdamW's, and the most that the gradient's norm may be.

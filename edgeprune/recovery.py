@@ -25,6 +25,7 @@ from edgeprune.errors import BadInput, StageFailed, missing_extra, unknown
 from edgeprune.files import atomic_folder, cache_dir, result_folder, write_json
 from edgeprune.losses import TopK
 from edgeprune.packing import Windows, evenly, hold_out, order, pack
+from edgeprune.passes import Passes
 from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
 from edgeprune.recovery_inputs import (
     check_length,
@@ -124,6 +125,7 @@ def recover(
     try:
         return run.all(method, resume)
     finally:
+        run.passes.close()
         run.records.close()
 
 
@@ -154,7 +156,7 @@ class _Run:
         dtype = number_format(device)
         processes = accelerator.num_processes
         self.batch = -(-recipe.batch // processes) * processes
-        self.micro = max(1, recipe.micro_tokens // recipe.length)  # windows a pass
+        self.most = max(1, recipe.micro_tokens // recipe.length)  # windows at once
         dense = Checkpoint(teacher)
         identity = dense.hash()
         self.records = TeacherCache(
@@ -165,12 +167,11 @@ class _Run:
             n_vocab=dense.shape.vocab,
             k=recipe.top_k,
             dtype=dtype,
-            batch=self.micro,
+            batch=self.most,
         )
-        most = (
-            f"at most {self.records.most_bytes / (1 << 20):.0f} MiB ({self.records.bytes_per_token:.0f} bytes a token)"
-        )
-        say(f"teacher's records in {self.records.folder}: {most}", 0, 0)
+        room = self.records.most_bytes / (1 << 20)
+        size = f"at most {room:.0f} MiB ({self.records.bytes_per_token:.0f} bytes a token)"
+        say(f"teacher's records in {self.records.folder}: {size}", 0, 0)
         say("loading the student", 0, 0)
         torch.manual_seed(seed)  # of the adapters' first values and of dropout
         self.trainee = Trainee(
@@ -182,9 +183,16 @@ class _Run:
             train_embedding=recipe.train_embedding,
         )
         self.learner = Learner(self.trainee.decoder, recipe.mix)
-        self.wrapped = accelerator.prepare(self.learner)
         self.optimizer = MasterAdamW(
             self.trainee.masters, self.trainee.parameters, betas=recipe.betas, decay=recipe.decay
+        )
+        self.passes = Passes(
+            self.learner,
+            list(self.trainee.parameters.values()),
+            windows,
+            None if recipe.mix.kl == 0 else self.records,
+            self.most,
+            accelerator.prepare(self.learner) if processes > 1 else None,
         )
         counted = None if windows.weights is None else windows.weights.tolist()
         shares = [len(training), counted]
@@ -252,20 +260,14 @@ class _Run:
         rate = self._rate()
         chosen = order(self.training, state.position, self.batch, self.seed)
         mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
-        figures = torch.zeros(3)
-        for part in torch.split(mine, self.micro):
-            share = len(part) / len(mine)
-            weights = None if self.windows.weights is None else self.windows.weights[part].to(self.accelerator.device)
-            windows = self.windows.ids[part].to(self.accelerator.device)
-            loss, kl, ce = self.wrapped(windows, *self._teach(part), weights=weights)
-            loss.backward()
-            self.optimizer.collect(share)
-            figures += share * torch.stack([loss.detach(), kl, ce]).cpu()
+        taught = self.records.seconds
+        figures = self.passes(mine, self.optimizer)
         finite = math.isfinite(self.optimizer.step(rate, recipe.clip))
         state.steps += 1
         state.position += self.batch
         state.tokens += self.batch * recipe.length
         state.training_s += time.perf_counter() - started
+        state.teacher_s += (self.records.seconds - taught) / self.passes.workers
         self._count_skipped(finite)
         if finite:
             self.sums.append(figures)
@@ -286,20 +288,6 @@ class _Run:
                 remedy="use a lower learning rate, or look at the student with `edgeprune eval`",
             )
 
-    def _teach(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """What the learner takes of the teacher at these windows; nothing if no KL is asked for."""
-        if self.recipe.mix.kl == 0:
-            return ()
-        started, before = time.perf_counter(), self.records.computed
-        found = self._records_of(indices)
-        if self.records.computed > before:
-            self.state.teacher_s += time.perf_counter() - started
-        return found.ids, found.probs, found.rest
-
-    def _records_of(self, indices: Tensor) -> TopK:
-        found, device = self.records.get(indices), self.accelerator.device
-        return TopK(found.ids.to(device), found.probs.to(device), found.rest.to(device))
-
     def _log(self) -> None:
         """Put the mean of the steps since the last entry into the history."""
         if self.sums:
@@ -311,9 +299,11 @@ class _Run:
     def _judge(self) -> Held:
         """The student on the held-out windows."""
         kl = ce = 0.0
-        for part in torch.split(self.held, self.micro):
-            windows = self.windows.ids[part].to(self.accelerator.device)
-            sums = self.learner.judge(windows, self._records_of(part))
+        device = self.accelerator.device
+        for part in torch.split(self.held, self.most):
+            found = self.records.get(part)
+            teacher = TopK(found.ids.to(device), found.probs.to(device), found.rest.to(device))
+            sums = self.learner.judge(self.windows.ids[part].to(device), teacher)
             kl, ce = kl + sums[0], ce + sums[1]
         n = len(self.held) * self.windows.length
         entry = {"step": self.state.steps, "seconds": round(self.clock.elapsed, 2)}

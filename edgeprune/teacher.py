@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,7 @@ class TeacherCache:
 
     Two files in `folder/KEY`: `records.bin`, a record a window, and `done.bin`, the CRC-32 of each record (0: not yet
     computed), written after it. A record that a crash or another writer left in pieces fails its sum and is computed
-    again. Several processes may share the folder.
+    again. Several processes may share the folder, and several threads the object.
 
     Args:
         folder: where caches lie; the key is a hash of teacher, text, k and number format.
@@ -85,7 +87,9 @@ class TeacherCache:
                 os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in ("records.bin", "done.bin")
             ]
         self._records, self._done = handles
+        self._lock = Lock()
         self.computed = 0  # records computed by this object
+        self.seconds = 0.0  # spent on that, of all threads together
 
     @property
     def bytes_per_token(self) -> float:
@@ -129,8 +133,10 @@ class TeacherCache:
 
     @torch.no_grad()
     def _compute(self, indices: list[int]) -> NDArray[np.void]:
-        if self._teacher is None:
-            self._teacher = self._load()
+        started = time.perf_counter()
+        with self._lock:
+            if self._teacher is None:
+                self._teacher = self._load()
         teacher, length = self._teacher, self._windows.length
         records = np.empty(len(indices), dtype=self._type)
         ids = self._windows.ids[indices, :-1].to(teacher.device)  # (B, length)
@@ -146,7 +152,9 @@ class TeacherCache:
         records["rest"] = torch.cat(rest).view(len(indices), length).numpy()
         if not np.isfinite(records["probs"]).all():
             raise BadInput("the teacher's logits are not finite", remedy="its weights are damaged, or need float32")
-        self.computed += len(indices)
+        with self._lock:
+            self.computed += len(indices)
+            self.seconds += time.perf_counter() - started
         return records
 
     def _read(self, index: int) -> NDArray[np.void] | None:

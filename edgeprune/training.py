@@ -6,17 +6,18 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgeprune.attention import GROUPED, set_attention
+from edgeprune.attention import WINDOWS, set_attention
 from edgeprune.losses import Head, Mix, TopK, distillation, divergence
+from edgeprune.norms import lean_norms
 
 _WORTH_IT = 1.25  # bf16 products must be this much faster than float32 ones to be worth their rounding
-_GROUPED_BELOW = 1024  # tokens a window up to which plain products beat torch's fused kernel, with gradients
+_WINDOWS_BELOW = 1024  # tokens a window up to which plain products beat torch's fused kernel, with gradients
 _LEAST_SHARE = 0.01  # of the peak rate, so that the first step moves at all
 
 
@@ -52,14 +53,24 @@ class Decoder:
         self.model = model
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        if self.device.type == "cpu" and length <= _GROUPED_BELOW:
-            set_attention(model, GROUPED)
+        lean_norms(model)
+        if self.device.type == "cpu" and length <= _WINDOWS_BELOW:
+            set_attention(model, WINDOWS)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def draws(self) -> bool:
+        """Whether a pass in training draws random numbers (dropout)."""
+        modules = list(self.model.modules())
+        of_attention = (getattr(module, "config", None) for module in modules)
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules) or any(
+            getattr(config, "attention_dropout", 0) for config in of_attention
+        )
 
     @property
     def head(self) -> Head:
@@ -70,7 +81,9 @@ class Decoder:
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states of (B, L) tokens: (B · L, hidden)."""
-        states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        # With no mask given, transformers looks for several texts in a window, and makes a mask where there is one.
+        decode, whole = self.model.get_decoder(), torch.ones_like(ids)
+        states: Tensor = decode(input_ids=ids, attention_mask=whole, use_cache=False).last_hidden_state
         return states.flatten(0, 1)
 
 
@@ -82,6 +95,16 @@ class Learner(nn.Module):
         self.model = decoder.model
         self._decoder = decoder
         self._mix = mix
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._decoder.device
+
+    @property
+    def draws(self) -> bool:
+        """Whether a pass draws random numbers (dropout)."""
+        return self._decoder.draws
 
     def forward(
         self,
@@ -136,18 +159,15 @@ class MasterAdamW:
         self._parameters = dict(parameters)
         self._optimizer = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=betas, weight_decay=decay, fused=True)
 
-    def collect(self, share: float) -> None:
-        """Add `share` of the parameters' gradients to the masters' and drop them."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is None:
+    def collect(self, gradients: Sequence[Tensor | None], share: float) -> None:
+        """Add `share` of the parameters' `gradients`, in their order, to the masters'."""
+        for master, given in zip(self.masters.values(), gradients, strict=True):
+            if given is None:
                 continue
-            master = self.masters[name]
-            gradient = parameter.grad.float()
             if master.grad is None:
-                master.grad = gradient.mul_(share)
+                master.grad = given.to(torch.float32, copy=True).mul_(share)
             else:
-                master.grad.add_(gradient, alpha=share)
-            parameter.grad = None
+                master.grad.add_(given, alpha=share)
 
     def step(self, rate: float, most: float) -> float:
         """One update at learning rate `rate` with the gradient's norm clipped to `most`; returns the norm before.

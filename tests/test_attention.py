@@ -10,7 +10,7 @@ from family_configs import TINY, tiny_module
 from test_heterogeneous import plan_of
 
 from edgeprune import load_checkpoint, writing
-from edgeprune.attention import GROUPED, attention, cache_for, set_attention
+from edgeprune.attention import GROUPED, WINDOWS, attention, cache_for, grouped, set_attention
 from edgeprune.models import Model
 from edgeprune.shape import LayerShape
 from edgeprune.surgery import prune_checkpoint
@@ -19,13 +19,20 @@ from edgeprune.writing import continued
 IDS = torch.randint(1, 300, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("implementation", [GROUPED, WINDOWS])
 @pytest.mark.parametrize("name", TINY)
-def test_logits_and_gradients_are_those_of_eager_attention(name: str) -> None:
-    module = tiny_module(name)
+def test_logits_and_gradients_are_those_of_eager_attention(
+    name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.attention._BLOCK", 16)  # the window is two blocks and a half
+    module, whole = tiny_module(name), torch.ones_like(IDS)
     found = []
-    for implementation in ("eager", GROUPED):
-        set_attention(module, implementation)
-        logits = module(input_ids=IDS, use_cache=False).logits
+    for each in ("eager", implementation):
+        set_attention(module, each)
+        with torch.no_grad():
+            unseen = module(input_ids=IDS, attention_mask=whole, use_cache=False).logits
+        logits = module(input_ids=IDS, attention_mask=whole, use_cache=False).logits
+        assert torch.allclose(logits, unseen, atol=1e-5)
         module.zero_grad()
         logits.logsumexp(-1).sum().backward()
         found.append((logits.detach(), [p.grad.clone() for p in module.parameters() if p.grad is not None]))
@@ -33,6 +40,24 @@ def test_logits_and_gradients_are_those_of_eager_attention(name: str) -> None:
     assert torch.allclose(one, other, atol=1e-5)
     for a, b in zip(first, second, strict=True):
         assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()) + 1e-6)
+
+
+def test_windows_are_multiplied_in_blocks_unless_some_of_a_text_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny_module("llama")
+    set_attention(module, WINDOWS)
+    calls: list[int] = []
+    monkeypatch.setattr("edgeprune.attention.grouped", lambda *args, **_: calls.append(1) or grouped(*args))
+    padded = torch.ones_like(IDS)
+    padded[0, :7] = 0
+    module(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False)
+    assert not calls
+    logits = module(input_ids=IDS, attention_mask=padded, use_cache=False).logits
+    assert calls
+    set_attention(module, "eager")
+    expected = module(input_ids=IDS, attention_mask=padded, use_cache=False).logits
+    assert torch.allclose(logits[0, 7:], expected[0, 7:], atol=1e-5) and torch.allclose(
+        logits[1:], expected[1:], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", TINY)

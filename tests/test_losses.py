@@ -118,6 +118,19 @@ def test_the_bucket_is_a_lower_bound_that_all_tokens_reach(seed: int, k: int, sp
     assert (bucket_kl(teacher, top_k(teacher, k)).abs() < 1e-6).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(1, 40), st.integers(1, 3000), st.booleans())
+def test_the_largest_are_found_wherever_they_are(seed: int, k: int, v: int, heaped: bool) -> None:
+    probs = torch.rand(3, v, generator=torch.Generator().manual_seed(seed))
+    if heaped:  # all of the largest beside each other, in few groups or in many
+        probs[:, v // 2 : v // 2 + k] += 1
+    found = top_k(probs, k)
+    expected = probs.topk(min(k, v), dim=-1)
+    assert torch.equal(found.probs, expected.values)
+    assert torch.equal(probs.gather(-1, found.ids), expected.values)
+    assert all(len(set(row.tolist())) == len(row) for row in found.ids)
+
+
 def test_outcomes_that_underflow_stay_finite() -> None:
     logits = torch.zeros(1, V)
     logits[0, 0] = 500.0  # in float32 every other token has probability 0

@@ -352,8 +352,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     optimizer = MasterAdamW({"w": torch.ones(4)}, {"w": parameter}, betas=(0.9, 0.95), decay=0.0)
     for gradient, moved in [(1.0, True), (float("nan"), False), (float("inf"), False), (1.0, True)]:
         before = optimizer.masters["w"].detach().clone()
-        parameter.grad = torch.full((4,), gradient, dtype=torch.bfloat16)
-        optimizer.collect(1.0)
+        optimizer.collect([torch.full((4,), gradient, dtype=torch.bfloat16)], 1.0)
         optimizer.step(1e-4, most=1.0)
         assert torch.equal(before, optimizer.masters["w"]) is not moved
     # Two steps of 1e-4 are less than bfloat16's spacing below 1, 0.4 %: only the master has them.
