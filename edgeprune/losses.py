@@ -42,6 +42,10 @@ class TopK:
     probs: Tensor
     rest: Tensor
 
+    def to(self, device: torch.device) -> TopK:
+        """The same on `device`."""
+        return TopK(self.ids.to(device), self.probs.to(device), self.rest.to(device))
+
 
 def top_k(probs: Tensor, k: int) -> TopK:
     """The `k` likeliest tokens of distributions (N, V) and the rest's mass."""

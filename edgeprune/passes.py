@@ -77,8 +77,8 @@ class Passes:
     def _one(self, part: Tensor) -> tuple[Sequence[Tensor | None], Tensor]:
         teacher: tuple[Tensor, ...] = ()
         if self._records is not None:
-            found = self._records.get(part)
-            teacher = tuple(each.to(self._device) for each in (found.ids, found.probs, found.rest))
+            found = self._records.get(part).to(self._device)
+            teacher = (found.ids, found.probs, found.rest)
         weights = None if self._windows.weights is None else self._windows.weights[part].to(self._device)
         windows = self._windows.ids[part].to(self._device)
         if self._wrapped is None:

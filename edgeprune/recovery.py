@@ -23,7 +23,6 @@ from torch import Tensor
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed, missing_extra, unknown
 from edgeprune.files import atomic_folder, cache_dir, result_folder, write_json
-from edgeprune.losses import TopK
 from edgeprune.packing import Windows, evenly, hold_out, order, pack
 from edgeprune.passes import Passes
 from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
@@ -301,9 +300,7 @@ class _Run:
         kl = ce = 0.0
         device = self.accelerator.device
         for part in torch.split(self.held, self.most):
-            found = self.records.get(part)
-            teacher = TopK(found.ids.to(device), found.probs.to(device), found.rest.to(device))
-            sums = self.learner.judge(self.windows.ids[part].to(device), teacher)
+            sums = self.learner.judge(self.windows.ids[part].to(device), self.records.get(part).to(device))
             kl, ce = kl + sums[0], ce + sums[1]
         n = len(self.held) * self.windows.length
         entry = {"step": self.state.steps, "seconds": round(self.clock.elapsed, 2)}

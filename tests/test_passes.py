@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MakeLlama
 from family_configs import TINY, tiny_module
-from test_recovery import QUICK, TEXT
+from test_recovery import QUICK, TEXT, cache_of
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.losses import Mix
@@ -41,19 +41,6 @@ def windows(folder: Path) -> Windows:
     return pack(TEXT, load_tokenizer(folder), 32, [1.0 + i % 3 for i in range(len(TEXT))])
 
 
-def records_of(folder: Path, windows: Windows, where: Path) -> TeacherCache:
-    return TeacherCache(
-        where,
-        lambda: Decoder(load_model(folder), torch.float32, 32),
-        "teacher",
-        windows,
-        n_vocab=Checkpoint(folder).shape.vocab,
-        k=16,
-        dtype=torch.float32,
-        batch=4,
-    )
-
-
 def step(folder: Path, windows: Windows, records: TeacherCache, most: int) -> tuple[Passes, MasterAdamW, torch.Tensor]:
     module = load_model(folder).train()
     named = dict(module.named_parameters())
@@ -71,7 +58,7 @@ def test_gradients_do_not_depend_on_who_makes_them(
     found = {}
     for count, most in ((1, 7), (3, 6), (2, 1)):
         cores(count)
-        passes, optimizer, figures = step(folder, windows, records_of(folder, windows, tmp_path / str(count)), most)
+        passes, optimizer, figures = step(folder, windows, cache_of(tmp_path / str(count), folder, windows), most)
         assert (passes.workers, passes.windows) == {1: (1, 7), 3: (3, 2), 2: (1, 1)}[count]
         assert torch.get_num_threads() == count
         found[count] = (figures, [master.grad for master in optimizer.masters.values()])
@@ -88,15 +75,14 @@ def test_records_of_several_threads_are_those_of_one(folder: Path, windows: Wind
         loads.append(1)
         return Decoder(load_model(folder), torch.float32, 32)
 
-    records = records_of(folder, windows, tmp_path / "many")
-    records._load = load
+    records = cache_of(tmp_path / "many", folder, windows, load)
     threads = [threading.Thread(target=records.get, args=(torch.tensor([i]),)) for i in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert records.computed == 6 and len(loads) == 1 and records.seconds > 0
-    alone = records_of(folder, windows, tmp_path / "one").get(torch.arange(6))
+    alone = cache_of(tmp_path / "one", folder, windows).get(torch.arange(6))
     torch.testing.assert_close(records.get(torch.arange(6)).probs, alone.probs, rtol=1e-3, atol=1e-6)
 
 
