@@ -239,7 +239,7 @@ def _bytes_plot(record: Mapping[str, Any], path: Path, quantisation: Mapping[str
             axes.text(
                 share * dense, 1.01, f"{share:.0%}", transform=axes.get_xaxis_transform(), ha="center", color="0.4"
             )
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower left")  # where nobody comes
     _draw(axes, lines)
     return _save(figure, path)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune.dropout import drawing_from, shared_draws
 from edgeprune.packing import Windows
 from edgeprune.teacher import TeacherCache
 from edgeprune.training import Learner, MasterAdamW
@@ -44,8 +45,8 @@ class Passes:
         self._parameters, self._windows, self._records = parameters, windows, records
         self._device = learner.device
         self._cores = torch.get_num_threads()
-        # Threads draw random numbers in whatever order they come, and a run must be repeatable.
-        alone = wrapped is not None or self._device.type != "cpu" or learner.draws
+        # Threads draw from one generator in whatever order they come, and a run must be repeatable.
+        alone = wrapped is not None or self._device.type != "cpu" or shared_draws(learner.model)
         self.workers = 1 if alone else max(1, min(self._cores, most))
         self.windows = max(1, most // self.workers)  # of one pass
         self._pool = None
@@ -61,20 +62,21 @@ class Passes:
         """
         figures = torch.zeros(3)
         parts = torch.split(indices, self.windows)
+        seeds = torch.randint(1 << 62, (len(parts),)).tolist()
         for start in range(0, len(parts), self.workers):
-            at_once = parts[start : start + self.workers]
-            for part, (gradients, found) in zip(at_once, self._all(at_once), strict=True):
+            some = slice(start, start + self.workers)
+            for part, (gradients, found) in zip(parts[some], self._all(parts[some], seeds[some]), strict=True):
                 share = len(part) / len(indices)
                 optimizer.collect(gradients, share)
                 figures += share * found
         return figures
 
-    def _all(self, parts: Sequence[Tensor]) -> list[tuple[Sequence[Tensor | None], Tensor]]:
+    def _all(self, parts: Sequence[Tensor], seeds: Sequence[int]) -> list[tuple[Sequence[Tensor | None], Tensor]]:
         if self._pool is None:
-            return [self._one(part) for part in parts]
-        return list(self._pool.map(self._one, parts))
+            return [self._one(part, seed) for part, seed in zip(parts, seeds, strict=True)]
+        return list(self._pool.map(self._one, parts, seeds))
 
-    def _one(self, part: Tensor) -> tuple[Sequence[Tensor | None], Tensor]:
+    def _one(self, part: Tensor, seed: int) -> tuple[Sequence[Tensor | None], Tensor]:
         teacher: tuple[Tensor, ...] = ()
         if self._records is not None:
             found = self._records.get(part).to(self._device)
@@ -82,7 +84,8 @@ class Passes:
         weights = None if self._windows.weights is None else self._windows.weights[part].to(self._device)
         windows = self._windows.ids[part].to(self._device)
         if self._wrapped is None:
-            loss, kl, ce = self._learner(windows, *teacher, weights=weights)
+            with drawing_from(seed):
+                loss, kl, ce = self._learner(windows, *teacher, weights=weights)
             gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         else:  # processes agree on gradients while they are put into the parameters
             loss, kl, ce = self._wrapped(windows, *teacher, weights=weights)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.attention import WINDOWS, set_attention
+from edgeprune.dropout import own_draws
 from edgeprune.losses import Head, Mix, TopK, distillation, divergence
 from edgeprune.norms import lean_norms
 
@@ -54,23 +55,16 @@ class Decoder:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         lean_norms(model)
-        if self.device.type == "cpu" and length <= _WINDOWS_BELOW:
-            set_attention(model, WINDOWS)
+        if self.device.type == "cpu":
+            own_draws(model)
+            if length <= _WINDOWS_BELOW:
+                set_attention(model, WINDOWS)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         device: torch.device = next(self.model.parameters()).device
         return device
-
-    @property
-    def draws(self) -> bool:
-        """Whether a pass in training draws random numbers (dropout)."""
-        modules = list(self.model.modules())
-        of_attention = (getattr(module, "config", None) for module in modules)
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules) or any(
-            getattr(config, "attention_dropout", 0) for config in of_attention
-        )
 
     @property
     def head(self) -> Head:
@@ -100,11 +94,6 @@ class Learner(nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return self._decoder.device
-
-    @property
-    def draws(self) -> bool:
-        """Whether a pass draws random numbers (dropout)."""
-        return self._decoder.draws
 
     def forward(
         self,

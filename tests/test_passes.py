@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import MakeLlama
 from family_configs import TINY, tiny_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_recovery import QUICK, TEXT, cache_of
 
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.dropout import drawing_from, own_draws
 from edgeprune.losses import Mix
 from edgeprune.norms import lean_norms
 from edgeprune.packing import Windows, pack
@@ -21,6 +24,7 @@ from edgeprune.passes import Passes
 from edgeprune.recovery import recover
 from edgeprune.runtimes.pytorch import load_model, load_tokenizer
 from edgeprune.teacher import TeacherCache
+from edgeprune.trainee import LowRank
 from edgeprune.training import Decoder, Learner, MasterAdamW
 
 
@@ -86,22 +90,50 @@ def test_records_of_several_threads_are_those_of_one(folder: Path, windows: Wind
     torch.testing.assert_close(records.get(torch.arange(6)).probs, alone.probs, rtol=1e-3, atol=1e-6)
 
 
-def test_what_draws_random_numbers_runs_alone(folder: Path, windows: Windows, cores: Callable[[int], None]) -> None:
+def test_what_draws_from_one_generator_runs_alone(folder: Path, windows: Windows, cores: Callable[[int], None]) -> None:
     cores(2)
     module = load_model(folder)
     learner = Learner(Decoder(module, torch.float32, 32), Mix(0.0, 1.0))
     side_by_side = Passes(learner, list(module.parameters()), windows, None, 4)
     side_by_side.close()
     assert side_by_side.workers == 2
-    module.lm_head.register_module("dropped", torch.nn.Dropout(0.1))
+    module.config.attention_dropout = 0.1
     assert Passes(learner, list(module.parameters()), windows, None, 4).workers == 1
 
 
-def test_two_runs_are_one(folder: Path, make_llama: MakeLlama, tmp_path: Path, cores: Callable[[int], None]) -> None:
-    student, recipe = make_llama(num_hidden_layers=2), replace(QUICK, max_steps=6)
+@given(share=st.floats(0.02, 0.9), seed=st.integers(0, 1 << 62), bf16=st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_dropout_is_torchs_but_for_its_generator(share: float, seed: int, bf16: bool) -> None:
+    module = torch.nn.Sequential(torch.nn.Dropout(share)).train()
+    own_draws(module)
+    inputs = torch.full((64, 512), 3.0, dtype=torch.bfloat16 if bf16 else torch.float32, requires_grad=True)
+
+    def draw(number: int) -> torch.Tensor:
+        with drawing_from(number):
+            out: torch.Tensor = module(inputs)
+        return out
+
+    out = draw(seed)
+    torch.rand(3)  # the process's generator has no part in it
+    assert torch.equal(draw(seed), out) and not torch.equal(draw(seed + 1), out)
+    left = out != 0
+    n = inputs.numel()
+    assert abs(float(left.float().mean()) - (1 - share)) < 6 * (share * (1 - share) / n) ** 0.5
+    torch.testing.assert_close(out[left].float(), torch.full((int(left.sum()),), 3 / (1 - share)), rtol=0.01, atol=0)
+    (gradient,) = torch.autograd.grad(out.sum(), inputs)
+    torch.testing.assert_close(gradient * 3, out)
+    assert torch.equal(module.eval()(inputs), inputs)
+
+
+@pytest.mark.parametrize("low_rank", [None, LowRank(rank=4, dropout=0.3)])
+def test_two_runs_are_one(
+    low_rank: LowRank | None, folder: Path, make_llama: MakeLlama, tmp_path: Path, cores: Callable[[int], None]
+) -> None:
+    student, recipe = make_llama(num_hidden_layers=2), replace(QUICK, max_steps=6, low_rank=low_rank)
     cores(2)
     for name in ("one", "two"):
         recover(student, folder, tmp_path / name, seconds=600, text=TEXT, recipe=recipe, cache=tmp_path / "cache")
+        torch.rand(1)
     one, two = (Checkpoint(tmp_path / name) for name in ("one", "two"))
     assert one.hash() == two.hash() != Checkpoint(student).hash()
 
