@@ -14,7 +14,6 @@ make up for r - r̃, and stream = y.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from edgeprune.blocks import HALVES, Block, Half, LayeredModel, projection_role
 from edgeprune.compensation import Moments, add_moments, mirrored, solve, token_weights
 from edgeprune.elimination import Surgeon, choose_heads, eliminate, rows_of
 from edgeprune.errors import BadInput
-from edgeprune.files import disk_errors
+from edgeprune.files import disk_errors, preallocate
 from edgeprune.plan import LayerPlan
 from edgeprune.shape import LayerShape
 
@@ -347,8 +346,6 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> torc
     if path is None or n_bytes <= _IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
     path.unlink(missing_ok=True)
-    with disk_errors(path.parent), path.open("wb") as file:
-        # All of it at once: a page that finds no room on the disk later ends the process without a word.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    with disk_errors(path.parent):
+        preallocate(path, n_bytes)
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import BadInput, StageFailed
-from edgeprune.files import atomic_folder, read_json, write_json, write_text
+from edgeprune.files import atomic_folder, preallocate, read_json, write_json, write_text
 from edgeprune.heldout import Window, digest, held_out
 from edgeprune.metrics import Accumulator, Coded, compare, encode
 from edgeprune.runtimes import open_runtime, runtime_for
@@ -108,6 +108,7 @@ def build_reference(
     totals = Accumulator()
     with atomic_folder(final) as temporary:
         levels = np.lib.format.open_memmap(temporary / "levels.npy", mode="w+", dtype=np.dtype("<u2"), shape=shape)
+        preallocate(temporary / "levels.npy")
         rows = np.empty(shape[:2], dtype=ROW)
         for i, window in enumerate(part.windows):
             logits = predictions(runtime, window, runtime.bos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,15 @@ import pytest
 
 from edgeprune import files
 from edgeprune.errors import BadInput, StageFailed
-from edgeprune.files import atomic_file, atomic_folder, read_json, result_folder, write_json, write_text
+from edgeprune.files import (
+    atomic_file,
+    atomic_folder,
+    preallocate,
+    read_json,
+    result_folder,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -68,6 +77,19 @@ def test_a_library_that_does_not_say_so_is_seen_by_what_is_left(
     with pytest.raises(BadInput, match="the disk is full"), atomic_file(tmp_path / "a"):
         raise StageFailed("llama.cpp cannot quantise: iostream error")
     assert not names(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has no call for it")
+def test_a_file_to_be_mapped_has_its_place_before_it_is_filled(tmp_path: Path) -> None:
+    size, path = 1 << 20, tmp_path / "a"
+    with path.open("wb") as file:
+        file.write(b"head")
+        file.truncate(size)
+    preallocate(path)
+    assert path.stat().st_blocks * 512 >= size and path.stat().st_size == size
+    assert path.read_bytes() == b"head" + bytes(size - 4)
+    preallocate(tmp_path / "new", size)
+    assert (tmp_path / "new").stat().st_blocks * 512 >= size
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from edgeprune.distillation.base import Floats, Indices, Progress
 from edgeprune.distillation.gradients import Sketch, error
 from edgeprune.distillation.pool import Pool
 from edgeprune.errors import BadInput
-from edgeprune.files import atomic_folder, read_json, write_json
+from edgeprune.files import atomic_folder, preallocate, read_json, write_json
 from edgeprune.losses import Mix
 from edgeprune.memory import keep_freed_memory
 from edgeprune.precision import fast_dtype
@@ -164,8 +164,9 @@ class ModelReadings:
         if not state.exists():
             with atomic_folder(self._folder) as temporary:
                 for name, width in self._widths().items():
-                    shape = (len(self._pool), width)
-                    np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype=np.float32, shape=shape).flush()
+                    file, shape = temporary / f"{name}.npy", (len(self._pool), width)
+                    np.lib.format.open_memmap(file, "w+", dtype=np.float32, shape=shape).flush()
+                    preallocate(file)
                 write_json(temporary / "done.json", {"done": 0})
         done = read_json(state)["done"]
         # By length, so that little of a chunk is padding.
