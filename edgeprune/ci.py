@@ -2,7 +2,8 @@
 
 A number of last week's run says little: the runner was another, or as busy as never. So a baseline is not a number here
 but the file itself, kept beside its record; it is measured again, turn by turn with the new one, and only the paired
-interval of the ratio decides. A regression is an interval that lies below 1 - tolerance as a whole.
+interval of the ratio decides. A regression is an interval that lies below 1 - tolerance as a whole. A file that is
+neither slower nor faster does not take its baseline's place: many commits, each within the tolerance, would add up.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,14 @@ class Report:
     hashes: dict[str, str]  # SHA-256 of each entry's file, by name
     files: dict[str, Path]
     measured_at: str
+    baseline: dict[str, Path] = field(default_factory=dict)  # what entries were raced against, by name
+
+    @property
+    def to_keep(self) -> dict[str, Path]:
+        """What later runs are to be raced against, by name: this run's file where it is new or in some test faster
+        than the baseline's, else the baseline's still."""
+        faster = {result.name for result in self.results if result.state == "improvement"}
+        return {name: file if name in faster else self.baseline.get(name, file) for name, file in self.files.items()}
 
     @property
     def regressions(self) -> list[Result]:
@@ -209,7 +218,7 @@ def run_suite(
             results.append(Result(entry.name, test, tuple(values), comparison, tolerance))
     hashes = {name: content_hash(path) for name, path in files.items()}
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return Report(suite, tuple(results), hashes, files, at)
+    return Report(suite, tuple(results), hashes, files, at, {name: kept[name] for name in files if name in kept})
 
 
 def undecided(speeds: list[Speeds], *, tolerance: float) -> bool:
@@ -235,22 +244,22 @@ def content_hash(path: Path) -> str:
 
 
 def save_baseline(report: Report, out: Path) -> Path:
-    """Keep a run as the baseline of later ones: its record and its files, in a folder that is whole or absent.
+    """Keep a run as the baseline of later ones: its record and `Report.to_keep`, in a folder that is whole or absent.
 
-    An older baseline in that place is replaced.
+    An older baseline in that place is replaced; it may be the one that the run was raced against.
 
     Raises:
         BadInput: the folder cannot be written, or holds something else.
     """
     with atomic_folder(result_folder(out, BASELINE)) as folder:
         record = report.to_json()
-        for number, (name, path) in enumerate(report.files.items()):
-            kept = folder / f"{number}-{path.name}"
+        for number, (name, path) in enumerate(report.to_keep.items()):
+            kept = folder / f"{number}-{report.files[name].name}"
             if path.is_dir():
                 shutil.copytree(path, kept)
             else:
                 shutil.copy2(path, kept)
-            record["files"][name]["file"] = kept.name
+            record["files"][name] = {"file": kept.name, "sha256": content_hash(kept)}
         write_json(folder / BASELINE, record)
     return out
 

@@ -27,7 +27,8 @@ def ci(
         ),
     ] = None,
     save_baseline: Annotated[
-        Path | None, typer.Option("--save-baseline", help="If nothing regressed, keep the files as the next baseline.")
+        Path | None,
+        typer.Option("--save-baseline", help="If nothing regressed, keep new and faster files as the next baseline."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results: JSON, JUnit XML, Markdown.")] = Path(
         "edgeprune-ci"

@@ -103,6 +103,26 @@ def test_only_what_lies_beyond_the_tolerance_counts(
     assert len(report.regressions) == states.count("regression")
 
 
+def test_small_steps_add_up_to_a_regression(folder: Path, speed: Any, tmp_path: Path) -> None:
+    """Each commit is 1.5 % slower than the one before it, within the tolerance of 2 %."""
+    now = 100.0
+    speeds = {b"a": now}
+    speed(lambda path, test: speeds[path.read_bytes()] if path.name.endswith("a.gguf") else 100.0)
+    base = save_baseline(run(folder), tmp_path / "base")
+    for commit, wanted in ((b"1", "ok"), (b"2", "regression")):
+        now *= 0.985
+        speeds[commit] = now
+        (folder / "a.gguf").write_bytes(commit)
+        report = run(folder, baseline=base)
+        assert report.results[0].state == wanted
+        save_baseline(report, base)
+        assert baseline_files(base)["first | one"].read_bytes() == b"a"
+    speeds[b"3"] = 110.0
+    (folder / "a.gguf").write_bytes(b"3")
+    save_baseline(run(folder, baseline=base), base)
+    assert baseline_files(base)["first | one"].read_bytes() == b"3"  # what is faster becomes the measure
+
+
 def test_it_goes_on_while_the_interval_holds_the_edge() -> None:
     a = [100.0] * 6
     for b, wanted in (
