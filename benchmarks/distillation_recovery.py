@@ -275,20 +275,22 @@ def main() -> None:
 
 
 def add(record: dict[str, Any], bench: Bench, key: Cell) -> None:
-    """Measure a cell that is not there yet, and write the record."""
-    key = key | {"student_sha256": bench.identity}
-    if any(all(cell.get(name) == value for name, value in key.items()) for cell in record["cells"]):
+    """Measure a cell that is not there yet or failed, and write the record."""
+    trains = key["table"].startswith("recovery")
+    key = key | {"student_sha256": bench.identity} | ({"steps": bench.args.steps} if trains else {})
+    there = [cell for cell in record["cells"] if all(cell.get(name) == value for name, value in key.items())]
+    if any("error" not in cell for cell in there):
         return
-    if key["table"].startswith("calibration") and METHODS[key["method"]].student:
+    if not trains and METHODS[key["method"]].student:
         return  # needs a pruned model, which there is none yet
     print(f"{time.strftime('%H:%M:%S')} {key}", file=sys.stderr, flush=True)
-    run = bench.recovered if key["table"].startswith("recovery") else bench.calibrated
+    run = bench.recovered if trains else bench.calibrated
     try:
-        cell = key | {"steps": bench.args.steps} | run(key["method"], key["tokens"], key["seed"])
+        cell = key | run(key["method"], key["tokens"], key["seed"])
     except EdgepruneError as error:
         cell = key | {"error": str(error)}
     print(f"{time.strftime('%H:%M:%S')} {json.dumps(cell)}", file=sys.stderr, flush=True)
-    record["cells"].append(cell)
+    record["cells"] = [other for other in record["cells"] if other not in there] + [cell]
     write_json(bench.args.out, record)
 
 
