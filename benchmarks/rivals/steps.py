@@ -141,7 +141,8 @@ ROWS = {
 }
 
 # The rows by minutes belong to a machine of 2 cores that multiply bf16: 60 of them were 1,820 steps at a fifth pruned
-# (518 tokens/s, the teacher included), and LoRA trained at 484 tokens/s. Those by steps are the same on any machine.
+# (518 tokens/s, the teacher included) and 2,026 at 30 %; LoRA trained at 484 tokens/s. Those by steps are the same
+# on any machine.
 TRAINED = {
     "recover20": (recovered("distil", vocabulary, minutes=20), "ours, vocabulary too, + 20 minutes", RECOVER),
     "recover60": (recovered("distil", vocabulary, minutes=60), "ours, vocabulary too, + 60 minutes", RECOVER),
