@@ -126,7 +126,7 @@ class Report:
     hashes: dict[str, str]  # SHA-256 of each entry's file, by name
     files: dict[str, Path]
     measured_at: str
-    baseline: dict[str, Path] = field(default_factory=dict)  # what entries were raced against, by name
+    baseline: dict[str, Path] = field(default_factory=dict)  # the baseline's files, by name
 
     @property
     def to_keep(self) -> dict[str, Path]:
@@ -218,7 +218,7 @@ def run_suite(
             results.append(Result(entry.name, test, tuple(values), comparison, tolerance))
     hashes = {name: content_hash(path) for name, path in files.items()}
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return Report(suite, tuple(results), hashes, files, at, {name: kept[name] for name in files if name in kept})
+    return Report(suite, tuple(results), hashes, files, at, kept)
 
 
 def undecided(speeds: list[Speeds], *, tolerance: float) -> bool:
@@ -254,12 +254,14 @@ def save_baseline(report: Report, out: Path) -> Path:
     with atomic_folder(result_folder(out, BASELINE)) as folder:
         record = report.to_json()
         for number, (name, path) in enumerate(report.to_keep.items()):
-            kept = folder / f"{number}-{report.files[name].name}"
+            kept = folder / f"{number}-{report.files[name].stem}{path.suffix}"  # by the suffix the runtime is known
             if path.is_dir():
                 shutil.copytree(path, kept)
             else:
                 shutil.copy2(path, kept)
-            record["files"][name] = {"file": kept.name, "sha256": content_hash(kept)}
+            record["files"][name]["file"] = kept.name
+            if path != report.files[name]:
+                record["files"][name]["sha256"] = content_hash(kept)
         write_json(folder / BASELINE, record)
     return out
 

@@ -123,6 +123,19 @@ def test_small_steps_add_up_to_a_regression(folder: Path, speed: Any, tmp_path: 
     assert baseline_files(base)["first | one"].read_bytes() == b"3"  # what is faster becomes the measure
 
 
+def test_a_kept_file_keeps_its_suffix_where_the_new_one_is_of_another_kind(
+    folder: Path, speed: Any, tmp_path: Path
+) -> None:
+    speed(lambda path, test: 100.0)
+    base = save_baseline(run(folder), tmp_path / "base")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"o")
+    (folder / "suite.toml").write_text(SUITE.replace("a.gguf", "onnx"))
+    save_baseline(run(folder, baseline=base), base)
+    kept = baseline_files(base)["first | one"]
+    assert kept.suffix == ".gguf" and kept.read_bytes() == b"a"
+
+
 def test_it_goes_on_while_the_interval_holds_the_edge() -> None:
     a = [100.0] * 6
     for b, wanted in (
