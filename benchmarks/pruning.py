@@ -221,9 +221,9 @@ class Row:
 
     def file(self, dtype: str) -> Path:
         """What is measured: the GGUF file, or the folder where only torch runs it."""
-        if self.method.runtime == "pytorch":
-            return self.folder()
         folder = self.folder()
+        if self.method.runtime == "pytorch":
+            return folder
         try:
             architecture(Checkpoint(folder).shape)
         except BadInput as error:
