@@ -21,7 +21,7 @@ from edgeprune.corpus import TEXT_FIELDS, Corpus, hub_records, record_text, reco
 from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.importance import text_hash
-from edgeprune.models import Model
+from edgeprune.models import Model, companions_hash
 from edgeprune.precision import fast_copy
 from edgeprune.runtimes.pytorch import bos_of
 from edgeprune.writing import Progress, continued, in_batches, start_words
@@ -223,7 +223,7 @@ def self_generated(
         length: of each, in tokens.
         seconds: about as long may the writing take.
     """
-    depends = [SCHEMA_VERSION, model.hash, count, length, seed, _PREFIX_TOKENS, _SURPLUS]
+    depends = [SCHEMA_VERSION, model.hash, companions_hash(model.folder), count, length, seed, _PREFIX_TOKENS, _SURPLUS]
     if seconds is not None:
         depends.append(seconds)
     key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]

@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
 )
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+UNUSED = "rotary_emb.inv_freq"  # ends names in older checkpoints; made from the config again
 _HEADER_LIMIT = 100 << 20  # bytes; the library's own limit
 WEIGHTS = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -93,7 +94,9 @@ def _read_header(file: Path) -> dict[str, _Entry]:
         try:
             dtype, dimensions = item["dtype"], tuple(item["shape"])
             start, stop = item["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (*dimensions, start, stop))
+            whole = len(dimensions) <= 8 and all(
+                type(n) is int and 0 <= n < 1 << 48 for n in (*dimensions, start, stop)
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"tensor {name!r} has no dtype, shape and offsets", where=file, remedy=remedy) from error
         if dtype not in _DTYPES:

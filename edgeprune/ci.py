@@ -66,10 +66,14 @@ def read_suite(path: Path) -> Suite:
     """Read and check a suite.
 
     Raises:
-        BadInput: no such file, no TOML, a field that is missing, unknown or out of range, or a name that comes twice.
+        BadInput: no such file, no TOML, a field that is missing, unknown or out of range, a graph without its folder,
+            or a name that comes twice.
     """
     suite = read_toml(path, Suite.model_validate)
     names = [entry.name for entry in suite.bench]
+    for entry in suite.bench:
+        if entry.file.endswith(".onnx"):  # its weights lie beside it
+            raise BadInput(f"{entry.name!r} names a graph", where=path, remedy="name the folder that holds model.onnx")
     if twice := {name for name in names if names.count(name) > 1}:
         raise BadInput(f"the name {min(twice)!r} comes twice", where=path)
     return suite
@@ -279,6 +283,7 @@ def baseline_files(folder: Path) -> dict[str, Path]:
     if record.get("schema_version") != SCHEMA_VERSION or not isinstance(entries, dict):
         raise BadInput("not a baseline of this version", where=folder / BASELINE, remedy=remedy)
     for name, entry in entries.items():
+        entry = entry if isinstance(entry, dict) else {}
         file, digest = entry.get("file"), entry.get("sha256")
         if not isinstance(file, str) or Path(file).name != file:
             raise BadInput(f"the file of {name!r} is not in the folder", where=folder / BASELINE, remedy=remedy)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.markup import escape
 
 from edgeprune.cli_boards import boards_app
 from edgeprune.cli_ci import ci
@@ -34,7 +33,7 @@ from edgeprune.cli_vocabulary import vocabulary
 from edgeprune.cores import available_cores, container_quota
 from edgeprune.errors import EXTRAS, BadInput, EdgepruneError, StageFailed, missing_extra
 from edgeprune.files import result_folder
-from edgeprune.output import Stages, console, print_json, print_proposal, print_table, problem
+from edgeprune.output import Stages, console, escape, print_json, print_proposal, print_table, problem
 
 app = typer.Typer(
     name="edgeprune",

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from edgeprune.cli_look import AsJson
 from edgeprune.cli_measure import Threads
 from edgeprune.errors import BadInput
-from edgeprune.output import Stages, console, print_json, print_table
+from edgeprune.output import Stages, console, escape, print_json, print_table
 
 To = Annotated[
     list[str] | None,

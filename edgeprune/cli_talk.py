@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from edgeprune.cli_measure import Threads
 from edgeprune.errors import BadInput
-from edgeprune.output import console, errors, problem
+from edgeprune.output import console, errors, escape, problem, without_controls
 
 if TYPE_CHECKING:
     from edgeprune.conversation import Conversation
@@ -71,7 +70,7 @@ def chat(
 def _answer(talk: Conversation, question: str, most: int) -> None:
     """Print an answer as it comes, and its speed below."""
     for piece in talk.say(question, most=most):
-        sys.stdout.write(piece)  # as it is: tabs, and more lines than the screen has
+        sys.stdout.write(without_controls(piece))  # not through rich: tabs, and more lines than the screen has
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()

@@ -189,14 +189,18 @@ def _shortest(value: float) -> float:
 
 def _rotary_scaling(file: GgufFile, shape: ModelShape) -> Mapping[str, Any] | None:
     arch = file.architecture
-    kind = file.get(f"{arch}.rope.scaling.type", str, "none")
-    if kind == "linear":
-        factor = _shortest(file.get(f"{arch}.rope.scaling.factor", float, 1.0))
-        return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
-    if kind != "none":
+    kind = file.get(f"{arch}.rope.scaling.type", str, "linear")  # what llama.cpp takes it for
+    if kind not in ("none", "linear"):
         raise BadInput(f"rotary scaling {kind!r} is not supported", where=file.path, remedy="supported: linear, llama3")
+    if (strength := file.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)) != 1.0:
+        raise BadInput(f"rotary scaling with attn_factor {strength:g} is not supported", where=file.path)
+    old = file.get(f"{arch}.rope.scale_linear", float, 1.0)  # the key's name in older files
+    factor = _shortest(file.get(f"{arch}.rope.scaling.factor", float, old)) if kind == "linear" else 1.0
+    linear = None if factor in (0.0, 1.0) else {"rope_type": "linear", "factor": factor}
     if ROTARY not in file.tensors:
-        return None
+        return linear
+    if linear:
+        raise BadInput("two kinds of rotary scaling in one file are not supported", where=file.path)
     info = file.tensor(ROTARY)
     if info.type != "F32" or info.shape != (shape.head_dim // 2,):
         raise BadInput(f"tensor {ROTARY!r} is {info.type} {info.shape}", where=file.path)

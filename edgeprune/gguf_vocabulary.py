@@ -166,6 +166,9 @@ def _listing(
         for index, token in enumerate(tokens):
             if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 types[index] = BYTE
+        # llama.cpp writes every unknown character in bytes, and ends the process where it finds none.
+        if missing := [byte for byte in map("<0x{:02X}>".format, range(256)) if byte not in vocabulary]:
+            raise BadInput(f"a tokenizer with byte fallback but without the token {missing[0]}", where=where)
     for token in spec["added_tokens"]:
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     if sentencepiece and spec["model"]["unk_token"] in vocabulary:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeprune.checkpoint import Checkpoint
+from edgeprune.checkpoint import UNUSED, Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.runtimes import runtime_for
 from edgeprune.runtimes.gguf_file import GgufFile
@@ -92,7 +92,7 @@ def _checkpoint(path: Path) -> Inspection:
     checkpoint = Checkpoint(path)
     shape = checkpoint.shape
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
-    for name in checkpoint.names:
+    for name in (each for each in checkpoint.names if not each.endswith(UNUSED)):
         size = math.prod(checkpoint.dimensions(name)) * _DTYPE_BYTES[checkpoint.dtype(name)]
         parts[_part_of(name, checkpoint)] += size
     return Inspection(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.checkpoint import GGUF_TOKENIZER, TOKENIZER_FILES, Checkpoint
 from edgeprune.errors import BadInput, missing_extra, unknown
 from edgeprune.fetch import DEMO_MODELS, demo_model
-from edgeprune.files import cache_dir, sha256
+from edgeprune.files import cache_dir, read_json, sha256, write_json
 from edgeprune.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md"]
 _HUB_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY.md"]
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 NOTICES = ("NOTICE", "NOTICE.txt", "USE_POLICY.md")  # what a licence may ask to go along
 # Beside the weights and the config: what belongs to a model and is copied along when the model is changed.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", *LICENCES, *NOTICES, GGUF_TOKENIZER, "vocabulary_plan.json")
@@ -126,8 +129,22 @@ def copy_companions(source: Path, target: Path) -> None:
     copy_files(source, target, COMPANIONS)
 
 
-def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy those of the files `names` that are in the folder `source`."""
-    for name in names:
-        if (source / name).is_file():
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
+    """Copy those of the files `names` that are in the folder `source`; their names.
+
+    What a tokenizer's config says of code to run at load (`auto_map`) is left out: nothing we write asks for that.
+    """
+    there = [name for name in names if (source / name).is_file()]
+    for name in there:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if name == TOKENIZER_CONFIG and "auto_map" in (config := read_json(source / name)):
+            write_json(target / name, {key: value for key, value in config.items() if key != "auto_map"})
+        else:
             shutil.copyfile(source / name, target / name)
+    return there
+
+
+def companions_hash(folder: Path) -> str:
+    """SHA-256 over a checkpoint's tokenizer, chat template and what else lies beside its weights."""
+    depends = [(name, sha256(folder / name)) for name in COMPANIONS if (folder / name).is_file()]
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as without_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -22,7 +22,24 @@ if TYPE_CHECKING:
 
 # Where there is no terminal to fit into, tables get room for what they hold.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 errors = Console(stderr=True, highlight=False)
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """Text that may come from a model file, so that it cannot steer the terminal or fill it."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown} …"
+
+
+def without_controls(text: str) -> str:
+    """What a model says, without the characters that steer a terminal; tabs and line breaks stay."""
+    return text.translate(_CONTROLS)
+
+
+def escape(text: str) -> str:
+    """The same, of which rich reads nothing as its markup."""
+    return without_markup(printable(text))
 
 
 def problem(text: str, *, kind: str = "error") -> None:
@@ -167,7 +184,7 @@ def print_inspection(found: Inspection) -> None:
     mib = 1 << 20
     parameters = "" if found.parameters is None else f", {found.parameters:,} parameters"
     console.print(f"[bold]{escape(found.path)}[/]", soft_wrap=True)
-    console.print(f"{found.format}, {found.family}, {found.file_bytes / mib:.1f} MiB{parameters}")
+    console.print(f"{escape(f'{found.format}, {found.family}')}, {found.file_bytes / mib:.1f} MiB{parameters}")
     groups: list[list[Any]] = []
     for index, layer in enumerate(found.layers):
         if groups and groups[-1][2] == layer:

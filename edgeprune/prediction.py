@@ -156,6 +156,8 @@ def _cost_of_file(
     parts = file.bytes_by_part()
     tied = "output.weight" not in file.tensors
     embedding = file.tensor("token_embd.weight").shape
+    if len(embedding) != 2:
+        raise BadInput(f"token_embd.weight has shape {embedding}", where=file.path, remedy="download the file again")
     name = quantisation_of(file)
     head_dim = file.get(f"{file.architecture}.attention.key_length", int) or embedding[1] // _most_heads(file)
     kv_values = sum(2 * layer.kv_heads * head_dim for layer in file.widths())

@@ -93,19 +93,19 @@ def read_trials(path: Path) -> dict[str, Trial]:
     if not path.exists():
         return {}
     trials: dict[str, Trial] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # JSON may hold other ends of lines
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # what it was of is measured again
         try:
             trial = Trial.from_json(value)
+            trials[trial.key] = trial
         except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
             raise BadInput(
                 f"line {number} is not a trial ({error})", where=path, remedy="delete the file, or use --no-resume"
             ) from error
-        trials[trial.key] = trial
     return trials
 
 

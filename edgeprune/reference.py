@@ -22,6 +22,7 @@ from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import atomic_folder, preallocate, read_json, write_json, write_text
 from edgeprune.heldout import Window, digest, held_out
 from edgeprune.metrics import Accumulator, Coded, compare, encode
+from edgeprune.models import companions_hash
 from edgeprune.runtimes import open_runtime, runtime_for
 from edgeprune.runtimes.base import Logits, Runtime
 from edgeprune.runtimes.bench import cpu_info
@@ -206,6 +207,8 @@ def make_reference(
         BadInput, StageFailed: as `build_reference` and `evaluate`.
     """
     name = runtime or runtime_for(path)
+    if path.is_dir():  # which tokens the text becomes is the tokenizer's, whose files lie beside the weights
+        model_hash = f"{model_hash}-{companions_hash(path)}"
     final = folder / reference_key(model_hash, name, text, length=length, count=count)
     if not (final / "reference.json").exists():
         arguments = {

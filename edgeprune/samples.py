@@ -13,6 +13,7 @@ from typing import Any
 from edgeprune.chat import SOME_DAY, Render, renderer
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import cache_dir, read_json, write_json
+from edgeprune.models import companions_hash
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import begun, generate
 from edgeprune.runtimes.isolate import run_isolated
@@ -104,7 +105,8 @@ def dense_answers(
     source: Path, model_hash: str, prompts: Sequence[str], *, n_ctx: int, stop: Sequence[int], threads: int
 ) -> list[str]:
     """What the dense checkpoint says; cached by model and prompts."""
-    key = hashlib.sha256(json.dumps([model_hash, list(prompts), N_TOKENS, min(n_ctx, 2 * N_TOKENS)]).encode())
+    depends = [model_hash, companions_hash(source), list(prompts), N_TOKENS, min(n_ctx, 2 * N_TOKENS)]
+    key = hashlib.sha256(json.dumps(depends).encode())
     path = cache_dir() / "samples" / f"{key.hexdigest()[:24]}.json"
     if path.exists():
         return [str(text) for text in read_json(path)["texts"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -321,8 +322,8 @@ def read_records(located: LocalTask, *, limit: int | None = None) -> list[Record
                 records.append(convert(row))
             except _Malformed as error:
                 raise BadInput(str(error), where=f"{path}:{number}", remedy="mend or replace the file") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadInput(f"not readable ({error})", where=path) from error
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise BadInput(f"not readable ({error})", where=path, remedy="replace the file") from error
     if not records:
         raise BadInput("the file holds no records", where=path)
     return records

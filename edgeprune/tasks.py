@@ -51,6 +51,8 @@ def special_tokens(path: Path) -> SpecialTokens:
     Raises:
         BadInput: the file is broken, or the folder holds no tokenizer.
     """
+    if path.is_file() and path.suffix != ".gguf":  # a graph: the tokenizer lies beside it
+        path = path.parent
     if path.is_file():
         gguf = GgufFile(path)
         return SpecialTokens(*(gguf.get(f"tokenizer.ggml.{role}_token_id", int) for role in ("bos", "eos")))

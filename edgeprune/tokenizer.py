@@ -69,6 +69,7 @@ PRE_TOKENIZERS: tuple[PreTokenizer, ...] = (
 )
 _BY_NAME = {name: pre for pre in PRE_TOKENIZERS for name in pre.names}
 
+_TOKEN_LIMIT = 1024  # characters; finding the merges of sentencepiece takes the square of a token's length
 SPECIAL_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 # Where a turn ends besides, by key and by what llama.cpp takes for an end in the families here (src/llama-vocab.cpp).
 END_KEYS = ("eot_token_id", "eom_token_id")
@@ -140,6 +141,8 @@ def _tokens(file: GgufFile) -> list[str]:
         "".join(tokens).encode()
     except UnicodeEncodeError as error:
         raise BadInput("a token is not UTF-8", where=file.path) from error
+    if (longest := max(map(len, tokens))) > _TOKEN_LIMIT:
+        raise BadInput(f"a token of {longest} characters", where=file.path, remedy=f"at most {_TOKEN_LIMIT}")
     if len(set(tokens)) != len(tokens):
         raise BadInput("the vocabulary has the same token twice", where=file.path)
     return tokens

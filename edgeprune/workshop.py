@@ -16,10 +16,10 @@ from edgeprune.calibration import TextSet
 from edgeprune.candidates import Candidate
 from edgeprune.cross_quality import evaluate_across
 from edgeprune.errors import StageFailed
-from edgeprune.files import atomic_folder, sha256
+from edgeprune.files import atomic_folder
 from edgeprune.heldout import stretches
 from edgeprune.imatrix import provide_imatrix
-from edgeprune.models import COMPANIONS, copy_companions
+from edgeprune.models import companions_hash, copy_companions
 from edgeprune.plan import PrunePlan, WidthPlan
 from edgeprune.quality import TextQuality, evaluate
 from edgeprune.record import SCHEMA_VERSION, Trial, environment, files_of
@@ -161,9 +161,7 @@ class Workshop:
     @cached_property
     def companions_hash(self) -> str:
         """SHA-256 over the dense model's tokenizer, chat template and what else lies beside its weights."""
-        names = [name for name in COMPANIONS if (self.source / name).is_file()]
-        depends = [(name, sha256(self.source / name)) for name in names]
-        return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+        return companions_hash(self.source)
 
     @cached_property
     def _texts_of_windows(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import signal
 import threading
@@ -113,7 +114,7 @@ def quantise(
     with atomic_file(out) as temporary:
         llamacpp.forget_complaints()
         with _interrupt_afterwards():
-            failed = llama_cpp.llama_model_quantize(str(gguf).encode(), str(temporary).encode(), ctypes.byref(params))
+            failed = llama_cpp.llama_model_quantize(os.fsencode(gguf), os.fsencode(temporary), ctypes.byref(params))
         if failed:
             raise llamacpp.failure(f"llama.cpp cannot quantise to {wish.kind}", gguf)
     return out

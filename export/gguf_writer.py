@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
+from edgeprune.checkpoint import GGUF_TOKENIZER, UNUSED, Checkpoint
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.export.gguf_deci import is_filler, width_values
 from edgeprune.export.gguf_layout import (
@@ -169,7 +169,7 @@ def _listing(checkpoint: Checkpoint) -> list[Tensor]:
                 remedy="the checkpoint does not match its config.json",
             )
         known.add(place.name)
-    extra = [name for name in checkpoint.names if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    extra = [name for name in checkpoint.names if name not in known and not name.endswith(UNUSED)]
     if extra:
         raise BadInput(
             f"tensor {extra[0]!r} has no place in a {shape.family.name} model of architecture {architecture(shape)!r}",

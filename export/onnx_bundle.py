@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from edgeprune.checkpoint import TOKENIZER_FILES, Checkpoint
+from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_json, write_text
+from edgeprune.models import copy_files
 from edgeprune.shape import ModelShape
 
 GENAI_CONFIG = "genai_config.json"
@@ -24,9 +25,7 @@ def write_bundle(checkpoint: Checkpoint, shape: ModelShape, out: Path, *, contex
     tokenizer = checkpoint.folder / TOKENIZER
     if tokenizer.is_file():
         write_text(out / TOKENIZER, json.dumps(with_plain_decoder(read_json(tokenizer)), ensure_ascii=False))
-    for name in TOKENIZER_FILES:
-        if name != TOKENIZER and (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, out / name)
+    copy_files(checkpoint.folder, out, (name for name in TOKENIZER_FILES if name != TOKENIZER))
     # auto_map names code to run at load: what we write never asks for that
     write_json(out / "config.json", {k: v for k, v in checkpoint.config.items() if k != "auto_map"})
     write_json(out / GENAI_CONFIG, genai_config(shape, checkpoint.config, generation_config, context=context))
@@ -40,11 +39,13 @@ def with_plain_decoder(tokenizer: dict[str, Any]) -> dict[str, Any]:
     as the sign of a SentencePiece vocabulary and then encodes blanks and newlines to id -1.
     """
     before, decoder = tokenizer.get("pre_tokenizer") or {}, tokenizer.get("decoder") or {}
-    steps = before.get("pretokenizers", [before])
-    byte_level = [step for step in decoder.get("decoders", []) if step.get("type") == "ByteLevel"]
-    if byte_level and any(step.get("type") == "ByteLevel" for step in steps):
-        return {**tokenizer, "decoder": byte_level[-1]}
-    return tokenizer
+    try:
+        steps = before.get("pretokenizers", [before])
+        byte_level = [step for step in decoder.get("decoders", []) if step.get("type") == "ByteLevel"]
+        both = byte_level and any(step.get("type") == "ByteLevel" for step in steps)
+    except (AttributeError, TypeError) as error:
+        raise BadInput("its pre-tokenizer or decoder is unusable", where=TOKENIZER) from error
+    return {**tokenizer, "decoder": byte_level[-1]} if both else tokenizer
 
 
 def genai_config(

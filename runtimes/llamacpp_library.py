@@ -10,7 +10,9 @@ import collections
 import contextlib
 import ctypes
 import functools
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -115,7 +117,7 @@ def load_model(path: Path, *, vocab_only: bool, gpu_layers: int = 0) -> Any:
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = gpu_layers
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise failure("llama.cpp cannot load the model", path)
     return model
@@ -135,7 +137,7 @@ class Closing:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # Without attributes its construction never began; at exit the library may be gone before its models.
-        if vars(self) and not sys.is_finalizing():
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Without attributes its construction never began; at exit the library, and even `sys`, may be gone before it.
+        if vars(self) and not is_finalizing():
             self.close()

@@ -67,8 +67,8 @@ _DTYPES = {
     23: ("float4e2m1", 4),
 }
 
-_LAYER = re.compile(r"layers\.(\d+)\b")
-_DOWN = re.compile(r"layers\.(\d+)\b.*down(_proj)?\b(?!.*bias)")
+_LAYER = re.compile(r"layers\.(\d{1,6})\b")
+_DOWN = re.compile(r"down(_proj)?\b")
 _TEXT_LIMIT = 1 << 16  # bytes of a name
 Field = tuple[int, int, int, int]  # number, wire type, then (value, 0) or (start, stop) of the value's bytes
 
@@ -378,7 +378,14 @@ def _precision(found: _Found) -> str:
 
 def _positions(nodes: list[Node], initializers: dict[str, Tensor]) -> int | None:
     tables = [node.inputs[7] for node in nodes if node.operator == "GroupQueryAttention" and len(node.inputs) > 7]
-    return min((initializers[name].dimensions[0] for name in tables if name in initializers), default=None)
+    found = [initializers[name].dimensions for name in tables if name in initializers]
+    return min((dimensions[0] for dimensions in found if dimensions), default=None)
+
+
+def _layer_of_down(name: str) -> int | None:
+    """The number of the layer whose MLP's output projection a name is of; names may be long, so nothing backtracks."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match and "bias" not in name and _DOWN.search(name, match.end()) else None
 
 
 def _layers(nodes: list[Node], initializers: dict[str, Tensor]) -> tuple[LayerWidths, ...]:
@@ -390,13 +397,13 @@ def _layers(nodes: list[Node], initializers: dict[str, Tensor]) -> tuple[LayerWi
     heads: dict[int, tuple[int, int]] = {}
     neurons: dict[int, int] = {}
     for name, tensor in initializers.items():
-        if (match := _DOWN.search(name)) and len(tensor.dimensions) == 2:
-            neurons[int(match[1])] = tensor.dimensions[0]  # (inputs, outputs), as MatMul takes it
+        if (layer := _layer_of_down(name)) is not None and len(tensor.dimensions) == 2:
+            neurons[layer] = tensor.dimensions[0]  # (inputs, outputs), as MatMul takes it
     for node in nodes:
         if node.operator == "GroupQueryAttention" and (match := _LAYER.search(node.name)):
             heads[int(match[1])] = (node.integers.get("num_heads", 0), node.integers.get("kv_num_heads", 0))
-        elif node.operator == "MatMulNBits" and (match := _DOWN.search(node.name)):
-            neurons[int(match[1])] = node.integers.get("K", 0)
+        elif node.operator == "MatMulNBits" and (layer := _layer_of_down(node.name)) is not None:
+            neurons[layer] = node.integers.get("K", 0)
     if not heads:
         return ()
     unseen = 0 if neurons else None

@@ -46,7 +46,7 @@ class PyTorch:
     """
 
     name: ClassVar[str] = "pytorch"
-    tree_tokens: ClassVar[int] = 1024
+    tree_tokens: int = 1024
     tree_texts: ClassVar[int] = 1024
     _path: Path | None
 
@@ -73,6 +73,8 @@ class PyTorch:
     def _hold(self, model: Any, tokenizer: Any, n_ctx: int) -> None:
         self._model = model.eval()
         self._tokenizer = tokenizer
+        # A tree's mask is the same for every layer, so a tree is no larger than the window of those that have one.
+        self.tree_tokens = min(type(self).tree_tokens, getattr(model.config, "sliding_window", None) or 1024)
         self._clear()
         self.n_vocab = int(model.get_output_embeddings().weight.shape[0])
         self.n_ctx = n_ctx

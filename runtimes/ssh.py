@@ -41,7 +41,7 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,253}[A-Za-z0-9])?|[0-9A-Fa-f:]{
 _ERRORS = {kind.__name__: kind for kind in (BadInput, NothingFits, StageFailed)}
 # What the board does to unpack the code: python's own words, since the agent is not there yet.
 _UNPACK = """
-import io, os, pathlib, shutil, sys, tarfile
+import io, os, pathlib, shutil, sys, tarfile, time
 out = pathlib.Path(sys.argv[1]).expanduser()
 if not out.is_dir():
     scratch = out.with_name(f"{out.name}.{os.getpid()}")
@@ -53,9 +53,13 @@ if not out.is_dir():
             target = scratch.joinpath(*parts)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(tar.extractfile(member).read())
-    for old in out.parent.iterdir():
-        if old != scratch: shutil.rmtree(old, ignore_errors=True)
-    scratch.rename(out)
+    try:
+        scratch.rename(out)
+    except OSError:  # another machine that uses this board was first
+        shutil.rmtree(scratch)
+    for old in out.parent.iterdir():  # others may use theirs now
+        if time.time() - old.stat().st_mtime > 30 * 86400: shutil.rmtree(old, ignore_errors=True)
+os.utime(out)
 """
 
 Progress = Callable[[dict[str, Any]], None]

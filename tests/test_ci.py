@@ -238,3 +238,18 @@ def test_a_delay_and_another_interpreter_are_measured_for_real(tiny_folder: Path
     assert max(slow.tg.samples_ts) < 0.5 * max(plain.tg.samples_ts)
     with pytest.raises(BadInput, match=r"no-python: cannot be run as an interpreter"):
         bench(path, python=str(tmp_path / "no-python"), **options)
+
+
+def test_a_graph_is_named_by_its_folder(folder: Path, speed: Any, tmp_path: Path) -> None:
+    (folder / "suite.toml").write_text(SUITE.replace("a.gguf", "onnx/model.onnx"))
+    with pytest.raises(BadInput, match=r"names a graph; name the folder"):
+        read_suite(folder / "suite.toml")
+
+
+def test_a_baseline_of_another_form_is_refused(folder: Path, speed: Any, tmp_path: Path) -> None:
+    speed(lambda path, test: 100.0)
+    base = save_baseline(run(folder), tmp_path / "base")
+    record = json.loads((base / "baseline.json").read_text())
+    (base / "baseline.json").write_text(json.dumps(record | {"files": {"second": "b.gguf"}}))
+    with pytest.raises(BadInput, match="the file of 'second' is not in the folder"):
+        baseline_files(base)

@@ -17,6 +17,9 @@ from typer.testing import CliRunner
 
 from edgeprune.cli import app, main
 from edgeprune.errors import StageFailed
+from edgeprune.export.gguf_writer import write_gguf
+from edgeprune.output import problem, without_controls
+from edgeprune.runtimes.gguf_file import GgufFile
 
 
 def edgeprune(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -306,3 +309,18 @@ def test_an_interrupted_fit_goes_on_where_it_stopped(tiny_folder: Path, tmp_path
     assert again.returncode == 0, again.stderr
     assert log.read_text().splitlines()[: len(kept)] == kept
     assert len(log.read_text().splitlines()) == 4
+
+
+def test_a_files_text_cannot_steer_the_terminal(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_gguf(tiny_folder, tmp_path / "m.gguf")
+    data = file.read_bytes()
+    name = GgufFile(file).metadata["general.name"].encode()
+    hostile = b"\x1b]0;T\x07\x1b[2J".ljust(len(name), b"x")[: len(name)]
+    file.write_bytes(data.replace(name, hostile, 1))
+    shown = edgeprune("inspect", str(file))
+    assert "\x1b" not in shown.stdout + shown.stderr
+    problem("of a \x1b[31mfile")
+    assert "of a \\x1b[31mfile" in capsys.readouterr().err
+    assert without_controls("a\x1b[2J\tb\nc\x9b") == "a[2J\tb\nc"

@@ -450,3 +450,15 @@ def test_every_model_has_a_run_of_its_own(tmp_path: Path) -> None:
     assert _plain(str(tmp_path / "small.v1.gguf")) == "small.v1" and _plain(str(tmp_path)) == tmp_path.name
     names = {_plain(f"{owner}/Qwen2.5-0.5B{kind}") for owner in ("Qwen", "other") for kind in ("", "-Instruct")}
     assert len(names) == 4 and not any("/" in name for name in names) and _plain("demo") == "demo"
+
+
+def test_trials_survive_any_text_in_them_and_refuse_what_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    append_trial(path, Trial("k", "c", "failed", "two\u2028lines\x85in one", None))
+    with path.open("a") as file:
+        file.write("[" * 100_000 + "\n")  # torn, or hostile
+    assert read_trials(path)["k"].reason == "two\u2028lines\x85in one"
+    with path.open("a") as file:
+        file.write(json.dumps(Trial("k", "c", "ok", None, None).to_json() | {"key": [1]}) + "\n")
+    with pytest.raises(BadInput, match="line 3 is not a trial"):
+        read_trials(path)

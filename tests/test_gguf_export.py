@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_library
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,9 @@ from edgeprune.export.gguf_quantise import QUANTISATIONS, alignment, fallbacks, 
 from edgeprune.export.gguf_writer import permute, rotary_factors, stated_licence, unpermute, write_gguf
 from edgeprune.families import FAMILIES
 from edgeprune.gguf_checkpoint import gguf_to_folder, llama3_scaling
+from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.gguf_file import GgufFile, Value
+from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.shape import LayerShape, ModelShape
 from edgeprune.tokenizer import end_ids
 
@@ -359,3 +363,54 @@ def test_quantise_refuses(make_llama: MakeLlama, tmp_path: Path) -> None:
 def test_a_licence_is_a_name_or_nothing(card: str, licence: str | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"---\nlanguage: en\n{card}\n---\n# A model\n")
     assert stated_licence(tmp_path) == licence
+
+
+def with_values(gguf: Path, out: Path, values: dict[str, Any]) -> Path:
+    """A copy of a file with metadata more."""
+    reader = gguf_library.GGUFReader(gguf)
+    writer = gguf_library.GGUFWriter(out, "llama")
+    kinds = {float: writer.add_float32, str: writer.add_string}
+    for key, value in {**GgufFile(gguf).values(""), **values}.items():
+        if not isinstance(value, Value):
+            kinds[type(value)](key, value)
+        elif key != "general.architecture" and not key.startswith("GGUF."):
+            kind = gguf_library.GGUFValueType
+            item = None if value.item is None else kind(value.item)
+            plain = value.value.tolist() if isinstance(value.value, np.ndarray) else value.value
+            writer.add_key_value(key, plain, kind(value.type), item)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("values", "scaling"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scaling.attn_factor": 2.0}, "attn_factor 2 is not supported"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn' is not supported"),
+    ],
+)
+def test_rotary_scaling_is_read_as_llamacpp_does(
+    values: dict[str, Any], scaling: dict[str, Any] | str | None, make_llama: MakeLlama, tmp_path: Path
+) -> None:
+    file = with_values(write_gguf(make_llama(), tmp_path / "m.gguf", dtype="F32"), tmp_path / "changed.gguf", values)
+    if isinstance(scaling, str):
+        with pytest.raises(BadInput, match=scaling):
+            gguf_to_folder(file, tmp_path / "back")
+        return
+    back = gguf_to_folder(file, tmp_path / "back")
+    assert Checkpoint(back).config["rope_scaling"] == scaling
+    tokens = np.arange(1, 40)
+    with (
+        closing(LlamaCpp(file, n_ctx=64, threads=1, exact=True)) as there,
+        closing(open_runtime(back, n_ctx=64, threads=1)) as here,
+    ):
+        np.testing.assert_allclose(here.forward(tokens), there.forward(tokens), atol=2e-3)

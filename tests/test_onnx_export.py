@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 import torch
 from conftest import MakeLlama
@@ -243,3 +245,16 @@ def test_sizes_are_told_in_advance(
     told = predicted_bytes(Checkpoint(folder).shape, precision)
     assert sum(told.values()) == sum(stored.values())
     assert (told["head"] == 0) == (not changes)
+
+
+def test_hostile_names_of_nodes_and_tensors_take_no_time(tmp_path: Path, make_llama: MakeLlama) -> None:
+    out = export_onnx(make_llama(), tmp_path / "onnx", precision="fp32")
+    widths = summary(out).layers
+    graph = onnx.load(out / "model.onnx", load_external_data=False)
+    long = "layers.1" + ".down" * 13_000 + "."
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((2, 2), np.float32), long + "bias"))
+    graph.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.zeros((2, 2), np.float32), f"layers.{'9' * 5000}.down")
+    )
+    onnx.save(graph, out / "model.onnx")
+    assert summary(out).layers == widths

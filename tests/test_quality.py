@@ -346,3 +346,14 @@ def test_files_are_measured_in_a_process_of_their_own(runtime, tokenizer, tmp_pa
         evaluate(model, tmp_path / "absent", threads=1, timeout_s=120)
     with pytest.raises(StageFailed, match="timeout"):
         evaluate(model, folder, threads=1, timeout_s=0.05)
+
+
+def test_another_tokenizer_makes_another_reference(tokenizer, tmp_path):
+    model = tmp_path / "model"
+    tiny_model(len(tokenizer)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    options = {"model_hash": "m", "length": LENGTH, "count": COUNT, "threads": 1, "timeout_s": 120}
+    first = make_reference(model, TEXT, tmp_path / "references", **options)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    assert make_reference(model, TEXT, tmp_path / "references", **options) != first

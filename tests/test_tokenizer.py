@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from edgeprune.errors import BadInput, StageFailed
-from edgeprune.export.gguf_writer import write_metadata
+from edgeprune.export.gguf_writer import write_gguf, write_metadata
 from edgeprune.gguf_vocabulary import gguf_vocabulary, split_patterns
 from edgeprune.runtimes.gguf_file import GgufFile, Value, ValueType
 from edgeprune.runtimes.llamacpp_vocabulary import Vocabulary
@@ -272,3 +272,23 @@ def test_unknown_structures_are_refused(make_llama: MakeLlama, tmp_path: Path) -
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
     with pytest.raises(BadInput, match="WordLevel"):
         gguf_vocabulary(tmp_path / "words", 10)
+
+
+def test_byte_fallback_needs_all_bytes(make_llama: MakeLlama, tmp_path: Path) -> None:
+    """llama.cpp ends the process at a byte that it has no token for."""
+    folder = make_llama()
+    tokenizer = sentencepiece()
+    spec = json.loads(tokenizer.to_str())
+    index = spec["model"]["vocab"].pop("<0x41>")
+    spec["model"]["vocab"]["another"] = index
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(BadInput, match="without the token <0x41>"):
+        gguf_vocabulary(folder, 1024)
+
+
+def test_a_token_of_a_file_has_a_length_that_can_be_taken_apart(tmp_path: Path, make_llama: MakeLlama) -> None:
+    file = GgufFile(write_gguf(make_llama(), tmp_path / "m.gguf"))
+    tokens = list(file.metadata["tokenizer.ggml.tokens"])
+    file.metadata["tokenizer.ggml.tokens"] = [*tokens[:-1], "a" * 1025]
+    with pytest.raises(BadInput, match="a token of 1025 characters"):
+        tokenizer_from_gguf(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from family_configs import save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.runtimes.pytorch import PyTorch
 from edgeprune.runtimes.tree import ForwardsTrees, trees
+from edgeprune.tasks import EdgepruneLM
 
 TEXTS = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2], [7, 8], [1, 2, 3, 4], [9], [1, 2, 9, 4]]
 N_LAST = [2, 3, 1, 2, 1, 1, 2]
@@ -81,3 +83,19 @@ def test_a_tree_gives_the_logits_of_its_texts(kind, max_tokens, gguf, tiny_folde
     with pytest.raises(BadInput, match="vocabulary"):
         runtime.forward_tree(tree)
     runtime.close()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral-window"])
+def test_texts_longer_than_a_window_are_no_tree_in_torch(name, tmp_path):
+    """A tree has one mask for all layers, so tasks read longer texts one by one."""
+    runtime = PyTorch(save_tiny(tmp_path, name), n_ctx=128, threads=1)
+    window = runtime.tree_tokens
+    assert window == {"gemma2": 8, "gemma3": 8, "mistral-window": 48}[name]
+    text = np.random.default_rng(0).integers(1, 290, window + 20).tolist()
+    expected = runtime.forward(text)
+    pairs = [(None, text[:-3], text[-3:]), (None, text[:3], text[3:6])]
+    answers = EdgepruneLM(runtime)._loglikelihood_tokens(pairs)
+    likely = expected - np.logaddexp.reduce(expected.astype(np.float64), axis=-1, keepdims=True)
+    for (_, before, after), (found, _) in zip(pairs, answers, strict=True):
+        rows = range(len(before) - 1, len(before) + len(after) - 1)
+        assert found == pytest.approx(sum(likely[row, token] for row, token in zip(rows, after, strict=True)), abs=1e-3)

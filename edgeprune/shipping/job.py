@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 from edgeprune.errors import BadInput, EdgepruneError, unknown
 from edgeprune.files import cache_dir, read_json, write_json
+from edgeprune.models import copy_files
 from edgeprune.quality import evaluate
 from edgeprune.shipping.run import Bundle, Run, Say
 
@@ -58,11 +58,7 @@ class Job:
 
     def copy(self, *names: str, source: Path | None = None) -> list[str]:
         """Copy files of the bundle, or of another folder, of those names that are there; their names."""
-        there = [name for name in names if ((source or self.bundle.folder) / name).is_file()]
-        for name in there:
-            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile((source or self.bundle.folder) / name, self.out / name)
-        return there
+        return copy_files(source or self.bundle.folder, self.out, names)
 
     def write_bundle_json(self, model_file: str, **more: Any) -> None:
         """Write what an app has to know, with the name that the model file has in this target.

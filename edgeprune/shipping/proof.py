@@ -107,7 +107,15 @@ def write_proofs(folder: Path, proofs: Sequence[Proof]) -> None:
 
 def _proof(value: dict[str, Any]) -> Proof:
     fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-    return Proof(**fields)
+    proof = Proof(**fields)
+    texts = (proof.path, proof.runtime, proof.build, proof.machine, proof.prompt, proof.text)
+    if not all(isinstance(each, str) for each in texts):
+        raise TypeError("a field that should be text is none")
+    if not all(
+        isinstance(each, tuple) and all(type(i) is int for i in each) for each in (proof.prompt_tokens, proof.tokens)
+    ):
+        raise TypeError("a field that should list tokens does not")
+    return proof
 
 
 def read_proofs(folder: Path) -> list[Proof]:

@@ -79,14 +79,17 @@ class Run:
                 where=folder,
                 remedy="run `edgeprune fit` again" if unfinished else "give the folder that `edgeprune fit` wrote",
             )
-        record = read_json(folder / "fit.json")
+        record, again = read_json(folder / "fit.json"), "run `edgeprune fit` again"
         if record.get("schema_version") != RECORD_SCHEMA:
             raise BadInput(
                 f"a record of version {record.get('schema_version')!r}, this edgeprune reads {RECORD_SCHEMA}",
                 where=folder / "fit.json",
-                remedy="run `edgeprune fit` again",
+                remedy=again,
             )
-        return cls(folder, record, model or str(record["model"]["name"]))
+        try:
+            return cls(folder, record, model or str(record["model"]["name"]))
+        except (KeyError, TypeError) as error:
+            raise BadInput("does not say of which model it is", where=folder / "fit.json", remedy=again) from error
 
     def bundle(self, runtime: str | None = None) -> Bundle:
         """What was chosen, or the best for a runtime; its files are the ones that were measured.

@@ -78,7 +78,9 @@ def _stops(job: Job) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
+    if '"' in text or not text.isprintable():  # would end the parameter, and what follows be read as a command
+        raise BadInput(f"a Modelfile cannot hold the stop text {text!r}", remedy="ship --to gguf")
+    return f'"{text}"'
 
 
 def _put(text: str) -> str:

@@ -88,7 +88,7 @@ def _write_tokenizer(job: Job, checkpoint: Path) -> None:
     job.copy(*(n for n in TOKENIZER_FILES if n not in ("tokenizer.json", "tokenizer_config.json")), source=checkpoint)
     tokenizer = with_plain_decoder(read_json(checkpoint / "tokenizer.json"))
     write_text(job.out / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
-    settings = read_json(checkpoint / "tokenizer_config.json")
+    settings = {k: v for k, v in read_json(checkpoint / "tokenizer_config.json").items() if k != "auto_map"}
     template = chat_template(checkpoint)
     write_json(job.out / "tokenizer_config.json", settings | ({"chat_template": template} if template else {}))
 
