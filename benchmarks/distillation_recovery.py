@@ -101,7 +101,8 @@ class Bench:
     def distilled(self, method: str, tokens: int, seed: int, student: bool) -> tuple[Path, float]:
         """A set, made once, and the seconds it took."""
         ends = f"{'-student' if student else ''}{'-half' if self.args.halves else ''}"
-        out = self.args.sets / f"{method}-{tokens}-{seed}{ends}.jsonl"
+        made_for = f"{self.identity[:12]}-" if student else ""
+        out = self.args.sets / f"{made_for}{method}-{tokens}-{seed}{ends}.jsonl"
         if not out.exists():
             self.args.sets.mkdir(parents=True, exist_ok=True)
             distil(

@@ -149,7 +149,7 @@ class Harness:
             wanted = [column for column in wanted if column != "prune"]
         if not wanted:
             return
-        place = self.work / f"{method}-{ratio:g}"
+        place = self.work / self.texts_hash[:12] / f"{method}-{ratio:g}"
         if self.again:  # what is left there may be of other code
             shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True, exist_ok=True)

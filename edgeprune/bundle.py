@@ -84,6 +84,11 @@ def _stop_tokens(source: Path, ids: Sequence[int]) -> list[str]:
     return list(dict.fromkeys([*([token] if isinstance(token, str) else []), *texts]))
 
 
+def _threads(candidate: Candidate, trial: Trial) -> int:
+    """Those that its speed was measured with, or else is predicted for."""
+    return int(next((record["n_threads"] for record in trial.speed.values()), candidate.cost.threads))
+
+
 def _bundle_json(
     result: FitResult, candidate: Candidate, trial: Trial, made: Made, model_file: str, tuned: Tuned | None
 ) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def _bundle_json(
         "device": profile.name,
         "budget": budget.model_dump(mode="json"),
         "n_ctx": budget.context,
-        "threads": candidate.cost.threads if tuned is None else tuned.best.threads,
+        "threads": _threads(candidate, trial) if tuned is None else tuned.best.threads,
         "settings": candidate.settings if tuned is None else dict(tuned.best.settings),
         "chat_template": template,
         "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),

@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -27,7 +28,7 @@ from edgeprune.cli_measure import BoardName, Gate, Threads, bench, compare, eval
 from edgeprune.cli_measure import tune as tune_command
 from edgeprune.cli_prune import Calibration, Seed, prune
 from edgeprune.cli_recover import duration, recover
-from edgeprune.cli_ship import To, report, ship, targets_of, verify
+from edgeprune.cli_ship import To, check_runtimes, report, ship, targets_of, verify
 from edgeprune.cli_talk import chat, serve
 from edgeprune.cli_vocabulary import vocabulary
 from edgeprune.cores import available_cores, container_quota
@@ -161,6 +162,7 @@ def fit(
         "tune": tune,
     }
     wanted = targets_of(to)
+    check_runtimes(wanted, {target.runtime for target in chosen["targets"]})
     if ratios:
         chosen["ratios"] = _numbers(ratios, "--ratios")
     with Stages() as stages:
@@ -190,9 +192,9 @@ def fit(
             progress=stages,
             **chosen,
         )
-        shipped = _shipped(result.out, wanted, model, chosen["threads"], stages)
     if as_json:
         print_json(json.loads((result.out / "fit.json").read_text(encoding="utf-8")))
+        list(_shipped(result.out, wanted, model, chosen["threads"]))
         return
     print_table("Measured candidates", *measured_table(result))
     console.print(f"\n[bold green]✓[/] {escape(result.verdict)}\n", soft_wrap=True)
@@ -200,16 +202,18 @@ def fit(
     console.print(f"  bundle  {result.best}", soft_wrap=True)
     for other in sorted(result.out.glob("best-*")):
         console.print(f"  also    {other}", soft_wrap=True)
-    for folder in shipped:
+    for folder in _shipped(result.out, wanted, model, chosen["threads"]):
         console.print(f"  shipped {folder}", soft_wrap=True)
 
 
-def _shipped(run: Path, to: list[str], model: str, threads: int, stages: Stages) -> list[Path]:
+def _shipped(run: Path, to: list[str], model: str, threads: int) -> Iterator[Path]:
     if not to:
-        return []
+        return
     from edgeprune.shipping import ship as write
 
-    return [write(run, name, model=model, threads=threads, say=stages.say) for name in to]
+    with Stages() as stages:
+        for name in to:
+            yield write(run, name, model=model, threads=threads, say=stages.say)
 
 
 def _targets(quant: str | None, runtime: str | None) -> tuple[Any, ...]:
@@ -220,7 +224,7 @@ def _targets(quant: str | None, runtime: str | None) -> tuple[Any, ...]:
     if runtime is not None and runtime not in runtimes:
         raise unknown("runtime", runtime, runtimes)
     named = [target_for(name.strip()) for name in quant.split(",")] if quant else default_targets()
-    kept = tuple(target for target in named if runtime is None or target.runtime == runtime)
+    kept = tuple(target for target in dict.fromkeys(named) if runtime is None or target.runtime == runtime)
     if not kept:
         raise BadInput(f"no quantisation of --quant runs on {runtime}", remedy="leave one of the two options out")
     return kept

@@ -55,7 +55,9 @@ def check(board: Address, as_json: AsJson = False) -> None:
 @boards_app.command("clean")
 def clean(
     board: Address,
-    keep: Annotated[float, typer.Option("--keep", min=0, help="GiB of model files to keep, the last used.")] = 0.0,
+    keep: Annotated[
+        float, typer.Option("--keep", min=0, max=1e6, help="GiB of model files to keep, the last used.")
+    ] = 0.0,
 ) -> None:
     """Remove model files and old results from a board; its environment stays."""
     from edgeprune.boards import find_board

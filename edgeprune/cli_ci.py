@@ -44,7 +44,7 @@ def ci(
     from edgeprune.runtimes.bench import GATE_S
 
     read = read_suite(suite)
-    with Stages() as stages:
+    with Stages(resumes=False) as stages:
         report = run_suite(
             read,
             suite.parent,

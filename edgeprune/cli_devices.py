@@ -100,7 +100,7 @@ def devices_measure(
         base = base.renamed(name)
     gpu = find_gpu(there.execute)
     backend = None if gpu is None else backend_of(gpu)
-    with Stages() as stages:
+    with Stages(resumes=False) as stages:
         measure = partial(
             measure_device,
             measure=partial(bench, execute=there.execute),

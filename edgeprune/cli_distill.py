@@ -58,7 +58,9 @@ def distill(
         typer.Option("--text-field", help="Field with text, once for each. Default: the usual names."),
     ] = None,
     label_field: Annotated[str, typer.Option("--label-field", help="Field of a record with its label.")] = "label",
-    length: Annotated[int, typer.Option("--length", min=8, help="Tokens of a piece at most.")] = 256,
+    length: Annotated[
+        int, typer.Option("--length", min=8, help="Tokens of a piece, or of a written text, at most.")
+    ] = 256,
     read: Annotated[
         int | None,
         typer.Option("--read", min=8, help="First tokens of a piece that models read. Default: 400k in all at most."),

@@ -83,7 +83,7 @@ def bench(
     ] = None,
     gate: Gate = True,
     output: Annotated[Form, typer.Option("--output", "-o", help="Form of the result.")] = Form.md,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for each test.")] = 600.0,
+    timeout: Annotated[float, typer.Option("--timeout", min=0, help="Seconds for each test.")] = 600.0,
 ) -> None:
     """Measure speed, time to first token and memory, each test in a process of its own, with llama-bench's names."""
     from edgeprune.boards import place
@@ -130,7 +130,7 @@ def _bench_lab(paths: list[Path], boards: Path, options: dict[str, Any], schedul
 
     if output is Form.csv:
         raise BadInput("a matrix has no CSV form", where="--output", remedy="choose md or json")
-    with Stages() as stages:
+    with Stages(resumes=False) as stages:
         cells = run_matrix(paths, read_boards(boards), options, scheduler=scheduler, progress=stages)
     if output is Form.json:
         print_json([cell.to_json() for cell in cells])
@@ -170,7 +170,7 @@ def compare(
     from edgeprune.runtimes.settings import parse
 
     count = threads or available_cores()
-    with Stages() as stages:
+    with Stages(resumes=False) as stages:
         found = run_compare(
             Arm(first, count, parse(settings or [])),
             Arm(second, threads_b or count, parse((settings if settings_b is None else settings_b) or [])),
@@ -207,7 +207,7 @@ def tune(
     from edgeprune.runtimes.tuning import thread_counts
     from edgeprune.runtimes.tuning import tune as run_tune
 
-    with Stages() as stages:
+    with Stages(resumes=False) as stages:
         found = run_tune(
             path,
             threads=counts_of(threads) or thread_counts(available_cores()),
@@ -251,7 +251,7 @@ def evaluate(
     from edgeprune.evaluation import evaluate_file
     from edgeprune.runtimes.settings import parse
 
-    with Stages() as stages:
+    with Stages(resumes=False) as stages:
         answer = evaluate_file(
             path,
             reference=reference,

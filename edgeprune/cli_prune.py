@@ -57,7 +57,7 @@ def prune(
     from edgeprune.models import resolve
     from edgeprune.targets import target_for
 
-    if align.isdigit():
+    if align.isascii() and align.isdigit():
         step = int(align)
         if step < 1:
             raise BadInput("neurons are kept in steps of 1 or more", where="--align", remedy="for example 32")

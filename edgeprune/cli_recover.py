@@ -80,6 +80,8 @@ def recover(
     """Train a pruned model to be like the dense one again, for a given time."""
     from dataclasses import replace
 
+    if rate is not None and not 0 < rate < 1:
+        raise BadInput(f"a rate of {rate:g}", where="--rate", remedy="give a number between 0 and 1, such as 3e-4")
     from edgeprune.models import checkpoint_folder, resolve
 
     seconds = duration(time, "--time")
@@ -100,7 +102,7 @@ def recover(
     recipe = replace(
         usual.with_length(length) if length else usual,
         train_embedding=train_embedding,
-        rate=rate or usual.rate,
+        rate=usual.rate if rate is None else rate,
         mix=usual.mix if kl is None else Mix(kl, 1 - kl),
     )
     if threads:

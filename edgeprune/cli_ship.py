@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,23 @@ To = Annotated[
 ]
 
 
+def check_runtimes(names: Iterable[str], runtimes: Collection[str]) -> None:
+    """That a run whose files are for these runtimes can be shipped to the targets of `names`.
+
+    Raises:
+        BadInput: one needs a file of another runtime.
+    """
+    from edgeprune.shipping import TARGETS
+
+    for name in names:
+        target, _, option = name.partition(":")
+        needed = None if option == "onnx" else TARGETS[target].runtime
+        if needed is not None and needed not in runtimes:
+            raise BadInput(
+                f"{name} needs a file for {needed}", where="--to", remedy="name a quantisation for it with --quant"
+            )
+
+
 def targets_of(to: list[str] | None) -> list[str]:
     """The targets of `--to`, each once. A comma before an option of the target before belongs to that.
 
@@ -44,6 +62,10 @@ def targets_of(to: list[str] | None) -> list[str]:
             raise unknown("target", word, TARGETS)
     names = list(dict.fromkeys(names))
     for name in names:
+        known, _, options = name.partition(":")
+        for option in filter(None, options.split(",")):
+            if option not in TARGETS[known].options:
+                raise unknown(f"option of {known}", option, TARGETS[known].options)
         if twice := [other for other in names if other != name and other.partition(":")[0] == name.partition(":")[0]]:
             raise BadInput(
                 f"{name} and {twice[0]} would be one folder", where="--to", remedy="ship them one by one, with --out"
@@ -73,8 +95,9 @@ def ship(
 
     names = targets_of(to)
     if not names:
-        print_table("Targets", ("--to", "what it writes"), [[name, each.about] for name, each in TARGETS.items()])
-        raise BadInput("nothing to ship to", remedy="name a target with --to")
+        if not as_json:
+            print_table("Targets", ("--to", "what it writes"), [[name, each.about] for name, each in TARGETS.items()])
+        raise BadInput("nothing to ship to", remedy=f"name a target with --to: {', '.join(TARGETS)}")
     if push and "huggingface" not in names:
         raise BadInput("--push uploads what --to huggingface writes", remedy="add --to huggingface")
     written: dict[str, str] = {}

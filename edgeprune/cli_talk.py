@@ -89,9 +89,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, help="On 127.0.0.1.")] = 8000,
 ) -> None:
     """Serve what a run chose for llama.cpp to clients of OpenAI's interface, on this machine alone."""
-    from edgeprune.serving import HOST
     from edgeprune.serving import serve as run_server
 
     bundle = _bundle(run, "llamacpp")
-    console.print(f"http://{HOST}:{port}/v1, until Ctrl-C", soft_wrap=True)
-    run_server(bundle.model, bundle.facts, port)
+    run_server(bundle.model, bundle.facts, port, lambda address: console.print(address, soft_wrap=True))

@@ -37,8 +37,8 @@ def vocabulary(
     from edgeprune.vocabulary_plan import plan_vocabulary
     from edgeprune.vocabulary_surgery import prune_vocabulary
 
-    folder = checkpoint_folder(resolve(model, say=console.print), say=console.print)
     with Stages() as stages:
+        folder = checkpoint_folder(resolve(model, say=stages.say), say=stages.say)
         plan = plan_vocabulary(folder, corpus, size=size, ratio=ratio, windows=windows, seed=seed, progress=stages)
         prune_vocabulary(folder, plan, out, progress=lambda done, total: stages("writing", done, total))
     if as_json:

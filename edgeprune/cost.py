@@ -335,12 +335,13 @@ def judge(cost: Cost, budget: Budget, profile: DeviceProfile, *, hopeful: bool =
         reasons.append(f"needs {budget.min_tokens_per_s:.4g} tokens/s, predicted {cost.decode_tps}")
     where = profile.beside if profile.beside and cost.backend == "cpu" else profile.memory
     memory, usable = cost.memory_mib, where.usable_mib
-    if budget.max_memory_mib is not None and held > budget.max_memory_mib:
-        reasons.append(f"memory at most {budget.max_memory_mib:.4g} MiB, predicted {memory}")
+    narrower = budget.max_memory_mib is not None and budget.max_memory_mib < usable  # than the device's own limit
+    if budget.max_memory_mib is not None and narrower and held > budget.max_memory_mib:
+        reasons.append(f"memory at most {budget.max_memory_mib:.0f} MiB, predicted {memory}")
     beside = profile.beside
     if beside and cost.beside_mib and (cost.beside_mib.low if hopeful else cost.beside_mib.value) > beside.usable_mib:
         reasons.append(f"the machine beside the GPU holds {beside.usable_mib:.0f} MiB, predicted {cost.beside_mib}")
-    if held > usable:
+    if not narrower and held > usable:
         reasons.append(f"{profile.name} holds {usable:.0f} MiB without swapping, predicted {memory}")
     if budget.max_file_mib is not None and cost.file_mib > budget.max_file_mib:
         reasons.append(f"file at most {budget.max_file_mib:.4g} MiB, predicted {cost.file_mib:.1f}")

@@ -16,7 +16,8 @@ from typing import Any
 from edgeprune.errors import BadInput
 
 CHUNK = 1 << 20  # bytes
-_UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_UNWRITABLE = {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+_UNWRITABLE |= {errno.ENOENT, errno.ENAMETOOLONG}
 
 
 def cache_dir() -> Path:
@@ -183,7 +184,7 @@ def result_folder(path: Path, *marks: str) -> Path:
         marks: names of files; any of them tells an earlier result.
 
     Raises:
-        BadInput: it is a file, the folder that the process is in, or holds something else.
+        BadInput: it is a file, the folder that the process is in, holds something else, or cannot be written.
     """
     path = path.absolute()
     if path.exists() and not path.is_dir():
@@ -192,7 +193,8 @@ def result_folder(path: Path, *marks: str) -> Path:
         raise BadInput("is the folder you are in", where=path, remedy="name a folder inside it with --out")
     if path.is_dir() and any(path.iterdir()) and not any((path / mark).is_file() for mark in marks):
         raise BadInput("holds something else, which would be lost", where=path, remedy="give --out a new folder")
-    return path
+    with tempfile.TemporaryDirectory(prefix=".edgeprune-", dir=_parent(path)):
+        return path  # told now, not when hours have been spent
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.calibration import TextSet, held_out_text, read_texts, text_set, weighted_texts
+from edgeprune.calibration import TextSet, held_out_text, read_texts, read_weighted, text_set, weighted_texts
+from edgeprune.corpus import corpus
 from edgeprune.distillation.distil import distil
+from edgeprune.errors import BadInput
 from edgeprune.files import sha256
 from edgeprune.making import RecoveryText
-from edgeprune.models import Model
+from edgeprune.models import HUB_ID, Model
 from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, GIVEN_TEXTS
 
 if TYPE_CHECKING:
@@ -55,6 +57,24 @@ def recovery_text(source: Path, settings: FitOptions, distilled: Path) -> Recove
         return list(texts if Path(name).expanduser().exists() else up_to(texts, HUB_CHARACTERS))
 
     return give
+
+
+def check_texts(settings: FitOptions) -> None:
+    """That the texts are there and can be read, before any work is done.
+
+    Raises:
+        BadInput: one cannot, or has a weight that no training can heed.
+    """
+    if settings.corpus:
+        corpus(settings.corpus_paths)
+    for name, option in ((settings.calibration, "--calibration"), (settings.held_out, "--held-out")):
+        path = None if name is None else Path(name).expanduser()
+        if path is None or (not path.exists() and option == "--calibration" and HUB_ID.fullmatch(str(name))):
+            continue
+        if not path.exists():
+            raise BadInput(f"no file {name}", where=option, remedy="give a text or JSONL file")
+        for _ in read_weighted(path) if settings.recovery_s else read_texts(path):
+            pass
 
 
 def recovery_key(settings: FitOptions) -> str:

@@ -19,7 +19,6 @@ from edgeprune.calibration import licence_of
 from edgeprune.candidates import RATIOS, Candidate
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.cores import available_cores
-from edgeprune.corpus import corpus
 from edgeprune.devices import Budget, DeviceProfile, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import cache_dir, only_one, read_json, result_folder, write_json
@@ -27,6 +26,7 @@ from edgeprune.fit_texts import (
     HELD_OUT_LENGTH,
     HELD_OUT_WINDOWS,
     calibration_text,
+    check_texts,
     held_out,
     recovery_key,
     recovery_text,
@@ -149,8 +149,7 @@ def prepare(
         raise BadInput("obs finds the shares itself", where="--ratios", remedy="leave it out, or add --method amp")
     if options.distill and options.calibration is None:
         raise BadInput("there is no text to distil", where="--distill", remedy="name it with --calibration")
-    if options.corpus:
-        corpus(options.corpus_paths)  # that it is there
+    check_texts(options)
     source = checkpoint_folder(resolve(str(model), say=say), say=say)
     shape = Checkpoint(source).shape
     if budget.context > shape.max_positions:
@@ -299,13 +298,13 @@ def _fit(
     fitting = [(candidate, trial) for candidate, trial in trials if candidate.fits]
     winner = choose(fitting, judged_on.nll)
     if winner is not None and settings.recovery_s and not winner[0].dense:
-        proposal, again = recovered(proposal, winner[0], settings, measure, progress)
+        proposal, again = recovered(proposal, winner[0], settings, measure, progress, trials)
         trials += again
         fitting += [pair for pair in again if pair[0].fits]
         winner = choose(fitting, judged_on.nll)
     if winner is None:
         outcomes = "; ".join(f"{c}: {t.reason or ', '.join(c.reasons)}" for c, t in trials)
-        failed = all(t.quality is None for _, t in trials)
+        failed = all(t.quality is None for _, t in trials) or any(c.fits and t.quality is None for c, t in trials)
         raise (StageFailed if failed else NothingFits)(f"no candidate could be chosen ({outcomes})", where=out)
     result = FitResult(proposal, tuple(trials), *winner, verdict(*winner, profile, budget), out, judged_on)
     bundles = {"best": winner}

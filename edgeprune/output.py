@@ -56,7 +56,8 @@ def print_json(value: Any) -> None:
 class Stages:
     """Progress of a pipeline: a bar with an estimate for each stage, or plain lines where there is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, resumes: bool = True) -> None:
+        self._resumes = resumes
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -77,7 +78,8 @@ class Stages:
     ) -> None:
         self._bars.stop()
         if kind is KeyboardInterrupt:  # typer ends the command with exit code 130, and says nothing
-            problem("interrupted; run the same command again to continue where it stopped", kind="stopped")
+            again = "; run the same command again to continue where it stopped" if self._resumes else ""
+            problem(f"interrupted{again}", kind="stopped")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report `done` of `total` of a stage; a total of 0 is a stage without steps."""

@@ -23,7 +23,7 @@ class Windows:
 
     Attributes:
         ids: (windows, length + 1), int64. Without BOS, the last token of a window is the first of the next.
-        weights: what each window counts for in the loss, (windows,); None: all alike.
+        weights: what each prediction counts for in the loss, (windows, length), 1 on average; None: all alike.
     """
 
     ids: Tensor
@@ -38,13 +38,20 @@ class Windows:
         return int(self.ids.shape[1]) - 1
 
     @property
+    def weights_hash(self) -> str | None:
+        """SHA-256 over the weights, which change nothing of a teacher's records."""
+        return None if self.weights is None else hashlib.sha256(self.weights.numpy().tobytes()).hexdigest()
+
+    @property
     def hash(self) -> str:
         """SHA-256 over the token ids: what a teacher's records of them depend on."""
         return hashlib.sha256(str(tuple(self.ids.shape)).encode() + self.ids.numpy().tobytes()).hexdigest()
 
     def and_held_out(self, held_out: Windows) -> Windows:
         """These windows, and behind them others that are judged on."""
-        weights = None if self.weights is None else torch.cat([self.weights, torch.ones(len(held_out))])
+        weights = (
+            None if self.weights is None else torch.cat([self.weights, torch.ones(len(held_out), held_out.length)])
+        )
         return Windows(torch.cat([self.ids, held_out.ids]), weights)
 
 
@@ -64,7 +71,7 @@ def pack(
         texts: what is packed.
         tokenizer: of transformers.
         length: predictions a window.
-        weights: what each text counts for; a window counts for the mean over its tokens.
+        weights: what each token of a text counts for.
         where: what an error names.
 
     Raises:
@@ -96,8 +103,8 @@ def pack(
         )
     if weights is None:
         return Windows(windows.contiguous())
-    each = torch.tensor(counts[: len(windows) * length]).view(-1, length).mean(dim=1)
-    return Windows(windows.contiguous(), each / each.mean())
+    predicted = torch.tensor(counts)[int(bos is None) :][: len(windows) * length].view(-1, length)
+    return Windows(windows.contiguous(), predicted / predicted.mean())
 
 
 def hold_out(n: int, count: int) -> tuple[Tensor, Tensor]:

@@ -235,6 +235,7 @@ def _command(result: FitResult, options: FitOptions, device: str) -> str:
         "--threads": options.threads if options.threads != available_cores() else None,
         "--board": options.board,
         "--recover": f"{options.recovery_s:g}s" if options.recovery_s else None,
+        "--max-time": f"{options.max_time_s:g}s" if options.max_time_s else None,
         "--seed": options.seed,
         "--out": result.out,
     }

@@ -193,8 +193,7 @@ class _Run:
             self.most,
             accelerator.prepare(self.learner) if processes > 1 else None,
         )
-        counted = None if windows.weights is None else windows.weights.tolist()
-        shares = [len(training), counted]
+        shares = [len(training), windows.weights_hash]
         parts = [
             SCHEMA_VERSION,
             Checkpoint(student).hash(),

@@ -87,7 +87,7 @@ def view(folder: Path) -> dict[str, Any]:
         "bars": bars(chosen, record),
         "by_kl": by_kl,
         "plot": pareto(points, budget["min_tokens_per_s"]),
-        "rows": [_row(each, by_kl=by_kl, chosen=each is chosen) for each in measured],
+        "rows": [_row(each, record, by_kl=by_kl, chosen=each is chosen) for each in measured],
         "failed": [each for each in candidates if each.get("status") not in (None, "ok")],
         "layers": _layers(read_json(plan)["layers"], dense["plan"]) if plan.is_file() else [],
         "dense_plan": dense["plan"],
@@ -140,18 +140,22 @@ def _point(candidate: Json, *, by_kl: bool, chosen: bool) -> Point:
     )
 
 
+def _memory(candidate: Json, record: Json) -> tuple[tuple[float, float, float], str]:
+    """MiB as (value, low, high), and whether "measured" or "predicted": what the budget was judged by."""
+    on_gpu = record["device"]["memory"].get("dedicated") and candidate["predicted"]["backend"] != "cpu"
+    which = "peak_gpu_mib" if on_gpu else "peak_mib"
+    if peaks := [test[which] for test in candidate.get("speed", {}).values() if test.get(which)]:
+        return (max(peaks),) * 3, "measured"
+    told = candidate["predicted"]["memory_mib"]
+    return (told["value"], told["low"], told["high"]), "predicted"
+
+
 def bars(chosen: Json, record: Json) -> list[dict[str, Any]]:
     """Speed, memory, file and time to first token of a candidate of the record, each beside its limit."""
     budget = record["budget"]
     speed, kind = _speed(chosen)
     found = [bar("decode", "tokens/s", *speed, kind, budget["min_tokens_per_s"], at_least=True)]
-    tests = chosen.get("speed", {}).values()
-    on_gpu = record["device"]["memory"].get("dedicated") and chosen["predicted"]["backend"] != "cpu"
-    which = "peak_gpu_mib" if on_gpu else "peak_mib"  # as the budget is judged
-    peaks = [test[which] for test in tests if test.get(which)]
-    told = chosen["predicted"]["memory_mib"]
-    memory = (max(peaks),) * 3 if peaks else (told["value"], told["low"], told["high"])
-    how = "measured" if peaks else "predicted"
+    memory, how = _memory(chosen, record)
     found.append(bar("memory", "MiB", *memory, how, budget["max_memory_mib"], at_least=False))
     size = sum(file["bytes"] for file in chosen["files"].values()) / MIB
     found.append(bar("file", "MiB", size, size, size, "measured", budget["max_file_mib"], at_least=False))
@@ -161,9 +165,10 @@ def bars(chosen: Json, record: Json) -> list[dict[str, Any]]:
     return found
 
 
-def _row(candidate: Json, *, by_kl: bool, chosen: bool) -> dict[str, Any]:
+def _row(candidate: Json, record: Json, *, by_kl: bool, chosen: bool) -> dict[str, Any]:
     quality = candidate["quality"]
     speed, kind = _speed(candidate)
+    memory, memory_kind = _memory(candidate, record)
     return {
         "label": label(candidate),
         "chosen": chosen,
@@ -172,7 +177,8 @@ def _row(candidate: Json, *, by_kl: bool, chosen: bool) -> dict[str, Any]:
         "reasons": [re.split(", (?:predicted|measured)", reason)[0] for reason in candidate["reasons"]],
         "speed": speed,
         "speed_kind": kind,
-        "memory": candidate["predicted"]["memory_mib"],
+        "memory": dict(zip(("value", "low", "high"), memory, strict=True)),
+        "memory_kind": memory_kind,
         "size": sum(file["bytes"] for file in candidate["files"].values()) / MIB,
         "distance": _distance(candidate, by_kl=by_kl),
         "top1": quality.get("top1"),

@@ -153,7 +153,9 @@ def by_damage(
         at_hand = any(trial.speed for _, trial in latest)
         if not at_hand or (settings.limit and len(trials) - len(dense) >= settings.limit):
             break
-    if len(trials) == len(dense) and _best(trials) == inf:
+    # Where one fits and still has no figure its measurement failed, which is another matter: `fit` says why.
+    measured = [candidate for candidate, trial in trials if trial.quality is not None]
+    if len(trials) == len(dense) and measured and not any(candidate.fits for candidate, _ in trials):
         raise nothing_fits(proposal, source, settings)
     return proposal, trials
 
@@ -176,16 +178,21 @@ def _best(trials: Sequence[Measured]) -> float:
 
 
 def recovered(
-    proposal: Proposal, candidate: Candidate, settings: FitOptions, measure: Measure, progress: Progress | None
+    proposal: Proposal,
+    candidate: Candidate,
+    settings: FitOptions,
+    measure: Measure,
+    progress: Progress | None,
+    before: Sequence[Measured],
 ) -> tuple[Proposal, list[Measured]]:
-    """The candidate again, with recovery before it is exported."""
+    """The candidate again, with recovery before it is exported; nothing where the time is over by then."""
     again = replace(candidate, recovery_s=settings.recovery_s)
     proposal = replace(
         proposal,
         candidates=(*proposal.candidates, again),
         to_measure=(*proposal.to_measure, again),
     )
-    return proposal, measure(replace(proposal, to_measure=(again,)), progress=progress)
+    return proposal, measure(replace(proposal, to_measure=(again,)), before=before, progress=progress)
 
 
 def dense_trials() -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,21 @@ def _without(name: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def serve(model: Path, facts: Mapping[str, Any], port: int) -> None:
-    """Serve until interrupted, at `HOST` and `port`; raises `BadInput` as `app_of` does."""
-    app = app_of(model, facts)
-    import uvicorn
+def serve(model: Path, facts: Mapping[str, Any], port: int, say: Callable[[str], None]) -> None:
+    """Serve until interrupted, at `HOST` and `port`, whose address `say` is told.
 
-    uvicorn.run(app, host=HOST, port=port, log_level="warning")
+    Raises:
+        BadInput: the port is taken, or as `app_of`.
+    """
+    try:
+        listening = socket.create_server((HOST, port))
+    except OSError as error:
+        raise BadInput(
+            f"cannot listen ({error.strerror})", where=f"{HOST}:{port}", remedy="choose another --port"
+        ) from error
+    with listening:
+        app = app_of(model, facts)
+        import uvicorn
+
+        say(f"http://{HOST}:{port}/v1, until Ctrl-C")
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

@@ -108,11 +108,11 @@ class Learner(nn.Module):
         Args:
             windows: (B, L + 1) token ids.
             ids, probs, rest: the teacher's, as in `TopK`, with B · L rows; None without a teacher.
-            weights: what each window counts for, (B,); None: all alike.
+            weights: what each prediction counts for, (B, L); None: all alike.
         """
         teacher = None if ids is None or probs is None or rest is None else TopK(ids, probs, rest)
         hidden = self._decoder.hidden(windows[:, :-1])
-        each = None if weights is None else weights.repeat_interleave(windows.shape[1] - 1)
+        each = None if weights is None else weights.flatten()
         return distillation(hidden, self._decoder.head, windows[:, 1:].flatten(), teacher, self._mix, each)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from edgeprune.errors import BadInput
 from edgeprune.runtimes import runtime_class, runtime_for
 from edgeprune.runtimes.bench import GATE_S
 from edgeprune.runtimes.isolate import Execute, run_isolated
-from edgeprune.runtimes.racing import LEVEL, ROUNDS, Arm, Comparison, judge, race
+from edgeprune.runtimes.racing import LEVEL, ROUNDS, Arm, Comparison, judge, race, signed_rank_interval
 from edgeprune.runtimes.settings import Setting, Value
 
 N_PROMPT, N_GEN = 256, 64  # tokens of the turn whose time is made short
@@ -108,6 +108,8 @@ def tune(
     fixed = dict(given or {})
     best = Arm(path, threads[0], runtime=name, settings=fixed)
     tried: list[Tried] = []
+    # That an interval of the widest race's level can be had of so few rounds, before anything is measured.
+    signed_rank_interval([0.0] * rounds, 1 - (1 - LEVEL) / max(1, len(threads) - 1))
 
     def contest(stage: str, rivals: list[Arm]) -> None:
         nonlocal best

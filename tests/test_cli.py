@@ -324,3 +324,17 @@ def test_a_files_text_cannot_steer_the_terminal(
     problem("of a \x1b[31mfile")
     assert "of a \\x1b[31mfile" in capsys.readouterr().err
     assert without_controls("a\x1b[2J\tb\nc\x9b") == "a[2J\tb\nc"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fit", "--device", "rpi5", "--to", "transformers.js:q5"], "unknown option of transformers.js 'q5'"),
+        (["fit", "--device", "rpi5", "--quant", "Q8_0", "--to", "onnxruntime-genai"], "needs a file for onnxruntime"),
+        (["recover", "a", "--teacher", "b", "--out", "c", "--rate", "-1"], "a rate of -1"),
+        (["recover", "a", "--teacher", "b", "--out", "c", "--rate", "nan"], "a rate of nan"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_work(arguments: list[str], told: str) -> None:
+    done = edgeprune(*arguments)
+    assert done.returncode == 2 and told in done.stderr and not done.stdout

@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,11 +21,12 @@ from typer.testing import CliRunner
 from edgeprune.calibration import read_weighted
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.cli import app
-from edgeprune.distillation import METHODS, distil, gradient_matching, readings, self_generated, synthetic
-from edgeprune.distillation.base import Basket, Choice, Quota, Task
+from edgeprune.distillation import METHODS, distil, gradient_matching, readings, synthetic
+from edgeprune.distillation import pool as pool_module
+from edgeprune.distillation.base import Basket, Choice, Quota, Task, Written
 from edgeprune.distillation.gradients import Sketch, error, inner_product
 from edgeprune.distillation.labelled import LabelledReadings
-from edgeprune.distillation.matching import central, clusters, farthest_first, herd, match
+from edgeprune.distillation.matching import central, clusters, farthest_first, herd, match, match_tokens
 from edgeprune.distillation.pool import Fields, Pool, Source, cut, make_pool, source_of
 from edgeprune.distillation.readings import COLUMNS, ModelReadings, Reading
 from edgeprune.distillation.soft import DecoderLearner, SoftSet, SoftSettings, optimise, padded, train
@@ -469,8 +471,6 @@ def test_soft_data_train_the_model_they_were_made_for(tiny_folder: Path, labelle
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (distil, self_generated, synthetic):
-        monkeypatch.setattr(module, "LENGTH", LENGTH)
     monkeypatch.setattr(synthetic, "_BEGUN", 4)
     monkeypatch.setattr(synthetic, "_MOST", 12)
 
@@ -503,6 +503,7 @@ def test_every_method_writes_texts(
         assert record_path.name == f"{name}.record.json"
         assert record["method"] == done.method == method and record["pool"]["tokens"] == done.pool_tokens > LENGTH * 8
         assert record["source"]["licence"] == "CC0-1.0" and record["texts"] == done.texts
+        assert done.tokens is not None and done.tokens <= LENGTH * 8
         return (tmp_path / name).read_text()
 
     first = run("a.jsonl")
@@ -608,3 +609,77 @@ def test_too_few_tokens_are_told(
             student=student,
             length=LENGTH,
         )
+
+
+@given(st.lists(st.text(min_size=1, max_size=30), max_size=6), st.integers(1, 40))
+@settings(deadline=None)
+def test_no_more_tokens_than_asked_for(demo_tokenizer: Any, texts: list[str], tokens: int) -> None:
+    written = Written(tuple(texts), None, tuple(range(len(texts))))
+    kept = distil.within(written, tokens, demo_tokenizer)
+    counts = [len(demo_tokenizer(text, add_special_tokens=False)["input_ids"]) for text in kept.texts]
+    assert sum(counts) <= tokens
+    assert kept.texts[:-1] == tuple(texts)[: len(kept.texts) - 1] and kept.weights == tuple(range(len(kept.texts)))
+    if kept.texts:
+        assert texts[len(kept.texts) - 1].startswith(kept.texts[-1])
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer(tiny_folder: Path) -> Any:
+    return load_tokenizer(tiny_folder)
+
+
+def test_too_many_pieces_are_drawn_from(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "_MOST_READ", 5)
+    done = distil.distil(
+        [str(text_file)], tmp_path / "few.jsonl", model=tiny_folder, tokens=200, method="herding", length=LENGTH
+    )
+    pool = read_json(done.record)["pool"]
+    assert pool["drawn"] == 5 < pool["pieces"] == done.pool_pieces
+    labels = np.array([0] * 30 + [1] * 3)
+    found = distil.drawn(cast("Any", _Labelled(labels)), 10, 0)
+    assert (labels[found] == 0).sum() == 5 and (labels[found] == 1).sum() == 3
+
+
+class _Labelled:
+    """As much of a pool as drawing needs."""
+
+    classes = ("a", "b")
+
+    def __init__(self, labels: Any) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def test_where_tokens_count_texts_are_matched_by_their_tokens() -> None:
+    features = np.array([[0.0], [0.0], [0.0], [1.0]])
+    lengths = np.array([1, 1, 1, 9])
+    pool: Any = SimpleNamespace(lengths=lengths)
+    for quota, share in ((Quota(tokens=12), 0.75), (Quota(count=4), 0.25)):
+        task = Task(pool, np.arange(4), quota, cast("Any", None), 0)
+        found = match_tokens(features, task, 1e-6)
+        assert found.weights is not None
+        sizes = lengths[found.taken] if quota.tokens else np.ones(4)
+        trained = (found.weights * sizes) @ features[found.taken, 0] / (found.weights * sizes).sum()
+        assert trained == pytest.approx(share, abs=0.05)
+
+
+def test_of_text_with_a_part_of_unknown_licence_none_is_stated(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text")
+    paths = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    (tmp_path / "a.txt.license").write_text("SPDX-License-Identifier: CC0-1.0\n")
+    assert source_of(paths).licence is None and source_of(paths[:1]).licence == "CC0-1.0"
+    (tmp_path / "b.txt.license").write_text("SPDX-License-Identifier: MIT\n")
+    assert source_of(paths).licence == "CC0-1.0 AND MIT"
+
+
+def test_a_hub_dataset_is_read_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "hub_records", lambda _name: iter(lambda: {"text": "x" * 100}, None))
+    monkeypatch.setattr(pool_module, "licence_of", lambda _name: None)
+    monkeypatch.setattr(pool_module, "_hub_hash", lambda _name: "h")
+    monkeypatch.setattr(pool_module, "HUB_CHARACTERS", 1000)
+    assert 9 <= len(list(source_of(["some/dataset"]).read())) <= 10

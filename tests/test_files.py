@@ -125,3 +125,14 @@ def test_a_result_replaces_nothing_but_an_earlier_one(tmp_path: Path, monkeypatc
     monkeypatch.chdir(path)
     with pytest.raises(BadInput, match="the folder you are in"):
         result_folder(Path(), "other")
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(BadInput, match="cannot write"):
+        result_folder(file / "out", "mark")
+    with pytest.raises(BadInput, match="cannot write"), atomic_file(tmp_path) as temporary:
+        temporary.write_text("a file in place of a folder")
+    assert result_folder(tmp_path / "new" / "out", "mark") == tmp_path / "new" / "out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new"]

@@ -22,7 +22,7 @@ from edgeprune.cost import judge
 from edgeprune.devices import Budget, load_profile
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import only_one, read_json
-from edgeprune.fitting import FitResult, choose, fit
+from edgeprune.fitting import FitOptions, FitResult, choose, fit, prepare
 from edgeprune.metrics import mean_interval
 from edgeprune.plan import PrunePlan, Scope, WidthPlan
 from edgeprune.proposal import propose
@@ -462,3 +462,44 @@ def test_trials_survive_any_text_in_them_and_refuse_what_is_none(tmp_path: Path)
         file.write(json.dumps(Trial("k", "c", "ok", None, None).to_json() | {"key": [1]}) + "\n")
     with pytest.raises(BadInput, match="line 3 is not a trial"):
         read_trials(path)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_where_every_measurement_fails_that_is_what_is_told(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    def crash(path: Path, *_args: Any, **_kwargs: Any) -> Quality:
+        raise StageFailed("crash: SIGILL", where=path)
+
+    monkeypatch.setattr("edgeprune.workshop.evaluate", crash)
+    budget = Budget(context=64) if fits else speed_between(wide, 0.2, "Q8_0", 64)
+    with pytest.raises(StageFailed, match=r"no candidate could be chosen .*SIGILL"):
+        run(wide, tmp_path / "run", budget, targets=["Q8_0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"held_out": "nowhere.txt"}, "--held-out: no file nowhere.txt"),
+        ({"calibration": "nowhere.txt"}, "--calibration: no file nowhere.txt"),
+        ({"calibration": "WEIGHED", "recovery_s": 5.0}, "weight"),
+    ],
+)
+def test_texts_are_looked_at_before_the_work(
+    wide: Path, tmp_path: Path, options: dict[str, Any], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighed = tmp_path / "weighed.jsonl"
+    weighed.write_text('{"text": "some text", "weight": 0}\n')
+    options = {key: str(weighed) if value == "WEIGHED" else value for key, value in options.items()}
+    profile = load_profile("rpi5")
+    with pytest.raises(BadInput, match=where):
+        prepare(wide, profile, Budget(context=64), FitOptions(**options))
+
+
+def test_recovery_does_not_begin_when_the_time_is_over(wide: Path, tmp_path: Path) -> None:
+    result = run(
+        wide, tmp_path / "run", speed_between(wide, 0.3, "Q8_0", 64), targets=["Q8_0"], recovery_s=5.0, max_time_s=0.001
+    )
+    assert not any(candidate.recovery_s for candidate, _ in result.trials)
+    record = read_json(tmp_path / "run" / "fit.json")
+    assert record["stopped_early"] and "--max-time" in record["commands"]["again"]

@@ -503,7 +503,10 @@ def test_weights_and_held_out_text(student: Path, tiny_folder: Path, tmp_path: P
     torch.testing.assert_close(found, wanted)
 
     packed = pack(["one two three " * 20, "four five six " * 20], load_tokenizer(student), 16, [0.5, 1.5])
-    assert packed.weights is not None and float(packed.weights[-1] / packed.weights[0]) == pytest.approx(3)
+    assert packed.weights is not None and packed.weights.shape == (len(packed), 16)
+    assert float(packed.weights[-1, -1] / packed.weights[0, 0]) == pytest.approx(3)
+    low, high = packed.weights.unique().tolist()  # each token has its own text's, also where two texts meet
+    assert high == pytest.approx(3 * low) and (packed.weights.diff() != 0).sum() == 1
     assert float(packed.weights.mean()) == pytest.approx(1)
 
     with_all = run(student, tiny_folder, tmp_path / "a", text=TEXT, held_out=[*TEXT[:3]])

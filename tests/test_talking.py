@@ -181,3 +181,10 @@ def test_serve_refuses_what_llama_cpp_does_not_run(run: Path) -> None:
     bundle = Run.open(run).bundle("onnxruntime")
     with pytest.raises(BadInput, match="--quant Q4_0"):
         server_settings(bundle.model, bundle.facts)
+
+
+def test_serve_tells_that_a_port_is_taken(run: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, ["serve", str(run), "--port", str(port)])
+    assert isinstance(done.exception, BadInput) and "choose another --port" in str(done.exception)

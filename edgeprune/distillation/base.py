@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.distillation.pool import Pool
+from edgeprune.distillation.pool import LENGTH, Pool
 
 if TYPE_CHECKING:
     from edgeprune.distillation.readings import ModelReadings
@@ -161,6 +161,7 @@ class Order:
         scratch: a folder for what lasts as long as the work.
         kept: a folder for what an interrupted work goes on from.
         say: told (stage, done, total).
+        length: tokens of a text at most.
     """
 
     pool: Pool
@@ -172,6 +173,7 @@ class Order:
     scratch: Path
     kept: Path
     say: Progress
+    length: int = LENGTH
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.distillation import Method, method_named
@@ -28,6 +29,7 @@ SCHEMA_VERSION = 1
 AUTO = "auto"
 READ_TOKENS = 400_000  # of the whole pool at most, where nothing else is asked for: some eight minutes on two cores
 _LEAST_READ = 32  # tokens of a piece; fewer tell too little of it
+_MOST_READ = READ_TOKENS // _LEAST_READ  # pieces; of more, as many are drawn
 DEPTH = 4  # last layers whose projections' gradients are taken beside the head's
 
 
@@ -94,8 +96,9 @@ def distil(
         method: one of `METHODS`, or "auto".
         student: folder of the pruned model: what is matched is then the loss that recovers it.
         fields: of JSON records.
-        length: tokens of a piece at most.
-        read: leading tokens of each piece that the models read; None: all, but `READ_TOKENS` of the pool at most.
+        length: tokens of a piece, or of a written text, at most.
+        read: leading tokens of each piece that the models read; None: all, but `READ_TOKENS` of the pool at most, for
+            which pieces are drawn where there are too many to read `_LEAST_READ` of each.
         depth: last layers whose projections' gradients are matched beside the head's.
         seed: of whatever is drawn.
         resume: go on with a pass over the pool that was interrupted, and reuse finished ones.
@@ -124,15 +127,19 @@ def distil(
         dense, pruned = Checkpoint(model), None if student is None else Checkpoint(student)
         texts = source_of(source)
         pool = make_pool(texts, tokenizer, fields=fields, length=length, folder=cache / "pools", progress=say)
-        read = read or max(_LEAST_READ, min(length, READ_TOKENS // len(pool)))
+        there, tokens_there = len(pool), pool.tokens
+        if read is None and there > _MOST_READ and entry.reads:
+            pool = pool.subset(drawn(pool, _MOST_READ, seed))
+        read = read or min(length, max(_LEAST_READ, READ_TOKENS // len(pool)))
 
         def reader(pieces: Pool, columns: tuple[str, ...]) -> ModelReadings:
-            how = Reading(columns, read=read, depth=depth if "gradients" in columns else 0)
+            # What was written for the purpose is few, and edited anywhere: it is read whole.
+            how = Reading(columns, read=read if pieces is pool else None, depth=depth if "gradients" in columns else 0)
             where = (cache if pieces is pool else scratch) / "readings"
             return ModelReadings(pieces, dense, pruned, how, where, bos=bos_of(tokenizer), say=say)
 
-        order = Order(pool, quota, model, student, reader, seed, scratch, cache, say)
-        written = _made(order, entry, out)
+        order = Order(pool, quota, model, student, reader, seed, scratch, cache, say, length)
+        written = _made(order, entry, out, tokenizer)
     encoded = tokenizer(list(written.texts), add_special_tokens=False, verbose=False)["input_ids"] if written else []
     result = Distilled(
         out,
@@ -140,8 +147,8 @@ def distil(
         method,
         texts=len(written.texts) if written else (per_class or 0) * len(pool.classes),
         tokens=sum(map(len, encoded)) if written else None,
-        pool_pieces=len(pool),
-        pool_tokens=pool.tokens,
+        pool_pieces=there,
+        pool_tokens=tokens_there,
         seconds=time.monotonic() - started,
     )
     record = {
@@ -150,7 +157,7 @@ def distil(
         "settings": {"seed": seed, "length": length, "read": read, "depth": depth, **asdict(quota)},
         "fields": asdict(fields),
         "source": {"name": texts.name, "sha256": texts.hash, "licence": texts.licence},
-        "pool": {"pieces": len(pool), "tokens": pool.tokens, "classes": pool.classes},
+        "pool": {"pieces": there, "tokens": tokens_there, "drawn": len(pool), "classes": pool.classes},
         "model": dense.hash(),
         "student": pruned.hash() if pruned else None,
         "texts": result.texts,
@@ -167,12 +174,14 @@ def distil(
     return result
 
 
-def _made(order: Order, entry: Method, out: Path) -> Written | None:
+def _made(order: Order, entry: Method, out: Path, tokenizer: Any) -> Written | None:
     """Write `out`; what is in it, or None where that is no text."""
     if entry.kind == "make":
         entry.load().make(order).save(out)
         return None
     written: Written = entry.load().write(order) if entry.kind == "write" else _selected(order, entry)
+    if order.quota.tokens is not None:
+        written = within(written, order.quota.tokens, tokenizer)
     if not written.texts:
         raise BadInput("no text of the source is that small", where="--tokens", remedy="ask for more")
     _write(out, written)
@@ -225,6 +234,37 @@ def _of_classes(order: Order, entry: Method) -> Readings:
     read = tuple(dict.fromkeys(columns.get(column, column) for column in entry.reads))
     assert order.pool.labels is not None
     return LabelledReadings(order.read(order.pool, read), order.pool.labels)
+
+
+def drawn(pool: Pool, count: int, seed: int) -> NDArray[np.int64]:
+    """`count` pieces at random, in their order; with labels an equal share of each class, or all of a smaller one."""
+    order = np.random.default_rng(seed).permutation(len(pool))
+    if pool.labels is None:
+        return np.sort(order[:count])
+    share = -(-count // len(pool.classes))
+    labels = pool.labels[order]
+    parts = [order[labels == label][:share] for label in range(len(pool.classes))]
+    return np.sort(np.concatenate(parts))
+
+
+def within(written: Written, tokens: int, tokenizer: Any) -> Written:
+    """The first of the texts, the last one cut, so that a tokenizer gives them no more tokens than were asked for.
+
+    It may cut a text that a model wrote, or one out of a longer one, into more tokens than were counted before.
+    """
+    kept: list[str] = []
+    for text in written.texts:
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        while len(spans) > tokens:
+            text = text[: spans[-1][0] if len(spans) == tokens + 1 else spans[tokens][0]]
+            again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            spans = again["offset_mapping"]
+        if not text:
+            break
+        kept.append(text)
+        tokens -= len(spans)
+    labels, weights = written.labels, written.weights
+    return Written(tuple(kept), labels and labels[: len(kept)], weights and weights[: len(kept)])
 
 
 def _write(out: Path, written: Written) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgeprune.distillation.base import Basket, Choice, Floats, Task
-from edgeprune.distillation.matching import match
+from edgeprune.distillation.base import Choice, Floats, Task
+from edgeprune.distillation.matching import match_tokens
 
 RIDGE = 0.01  # a text's features are mostly common to all texts: more damping would drown what tells them apart
 _FEATURES = 1024
@@ -28,6 +28,6 @@ def kernel_features(points: Floats, rng: np.random.Generator, count: int = _FEAT
 
 
 def select(task: Task) -> Choice:
-    """Match the kernel mean of the pool's mean hidden states."""
+    """Match the kernel mean of the pool's mean hidden states: of its tokens where tokens are counted, else of texts."""
     features = kernel_features(task.of_candidates(task.readings.means), task.rng)
-    return match(features, features.mean(axis=0), Basket(task.quota, task.lengths), RIDGE)
+    return match_tokens(features, task, RIDGE)

@@ -8,20 +8,12 @@ one so that their mean is nearest to the pool's, then weighed exactly (`matching
 
 from __future__ import annotations
 
-import numpy as np
-
-from edgeprune.distillation.base import Basket, Choice, Task
-from edgeprune.distillation.matching import match
+from edgeprune.distillation.base import Choice, Task
+from edgeprune.distillation.matching import match_tokens
 
 RIDGE = 0.5  # as GRAD-MATCH has it, relative to the mean square of a text's gradient
 
 
 def select(task: Task) -> Choice:
     """Match the mean gradient of the candidates: of their tokens where tokens are counted, else of texts."""
-    features = task.of_candidates(task.readings.gradients)
-    sizes = np.ones(len(features)) if task.quota.tokens is None else task.lengths.astype(np.float64)
-    found = match(features, sizes @ features / sizes.sum(), Basket(task.quota, task.lengths), RIDGE)
-    if found.weights is None:
-        return found
-    each = found.weights / sizes[found.taken]  # a text's share of the mean is that of all its tokens
-    return Choice(found.taken, each / each.mean())
+    return match_tokens(task.of_candidates(task.readings.gradients), task, RIDGE)

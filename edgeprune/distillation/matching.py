@@ -6,7 +6,7 @@ import numpy as np
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import nnls
 
-from edgeprune.distillation.base import Basket, Choice, Floats, Indices
+from edgeprune.distillation.base import Basket, Choice, Floats, Indices, Task
 
 _CONSTANT = 10.0  # mean squares of a row that a sum of weights which is wrong by 1 counts for
 _LEAST_WEIGHT = 0.1  # of the mean weight
@@ -58,6 +58,25 @@ def match(features: Floats, target: Floats, basket: Basket, ridge: float) -> Cho
     # A row that came out with no weight still counts a little: it was chosen, and it costs as much as any.
     weights = np.maximum(weights, _LEAST_WEIGHT * weights.mean())
     return Choice(taken, weights / weights.mean())
+
+
+def match_tokens(features: Floats, task: Task, ridge: float) -> Choice:
+    """`match` to the mean of all candidates: over their tokens where tokens are counted, as training sees them, else
+    over texts.
+
+    Args:
+        features: (n, k), of the task's candidates.
+        task, ridge: as of the methods, and of `match`.
+    """
+    sizes = np.ones(len(features)) if task.quota.tokens is None else task.lengths.astype(np.float64)
+    found = match(features, sizes @ features / sizes.sum(), Basket(task.quota, task.lengths), ridge)
+    return found if found.weights is None else Choice(found.taken, each_token(found.weights, sizes[found.taken]))
+
+
+def each_token(weights: Floats, sizes: Floats) -> Floats:
+    """What each token of a text counts for, 1 on average, where the text as a whole counts for its weight."""
+    each = weights / sizes
+    return np.asarray(each / each.mean())
 
 
 def _nonnegative(gram: Floats, along: Floats) -> Floats:

@@ -28,6 +28,7 @@ _LEAST = 8  # tokens; less says nothing
 _BATCH = 256  # documents tokenised at once
 
 Progress = Callable[[str, int, int], None]
+HUB_CHARACTERS = 1 << 28  # read of a hub dataset, which may have no end that a disk could hold
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,23 @@ def source_of(names: Sequence[str]) -> Source:
     """
     paths = [Path(name).expanduser() for name in names]
     if len(names) == 1 and not paths[0].exists() and "/" in names[0] and not names[0].startswith((".", "/", "~")):
-        return Source(names[0], _hub_hash(names[0]), licence_of(names[0]), lambda: hub_records(names[0]))
+        return Source(
+            names[0], _hub_hash(names[0]), licence_of(names[0]), lambda: _up_to(hub_records(names[0]), HUB_CHARACTERS)
+        )
     found = corpus(paths)
-    stated = {licence for file in found.files if (licence := licence_of(str(file)))}
-    licence = " AND ".join(sorted(stated)) or None
+    stated = [licence_of(str(file)) for file in found.files]
+    # Of text with a part that nothing is stated of, nothing is known.
+    licence = None if None in stated else " AND ".join(sorted(set(filter(None, stated)))) or None
     return Source(", ".join(names), found.hash, licence, lambda: (record for _, record in records(found)))
+
+
+def _up_to(records: Iterator[Any], characters: int) -> Iterator[Any]:
+    """The first records, until they hold so many characters."""
+    for record in records:
+        yield record
+        characters -= len(record if isinstance(record, str) else json.dumps(record, ensure_ascii=False))
+        if characters <= 0:
+            return
 
 
 def _hub_hash(name: str) -> str:
@@ -70,7 +83,7 @@ def _hub_hash(name: str) -> str:
         commit = HfApi().dataset_info(name.partition(":")[0]).sha
     except Exception:  # of the network; whether the dataset can be read is seen when it is
         commit = None
-    return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()
+    return hashlib.sha256(f"{name}@{commit} {HUB_CHARACTERS}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from edgeprune.calibration import self_generated
 from edgeprune.distillation.base import Order, Written
-from edgeprune.distillation.pool import LENGTH
 from edgeprune.errors import BadInput
 from edgeprune.models import load
 
@@ -19,8 +18,8 @@ def write(order: Order) -> Written:
         raise BadInput("self-generated text has no labels", where="--per-class", remedy="use synthetic")
     texts = self_generated(
         load(order.model),
-        count=max(1, order.quota.tokens // LENGTH),
-        length=min(LENGTH, order.quota.tokens),
+        count=max(1, order.quota.tokens // order.length),
+        length=min(order.length, order.quota.tokens),
         seed=order.seed,
         progress=lambda done, total: order.say("writing text", done, total),
     )

@@ -24,8 +24,8 @@ import torch
 from edgeprune.distillation.base import Basket, Floats, Indices, Order, Written
 from edgeprune.distillation.gradient_matching import RIDGE
 from edgeprune.distillation.labelled import LabelledReadings
-from edgeprune.distillation.matching import match
-from edgeprune.distillation.pool import LENGTH, Fields, Pool, Source, make_pool
+from edgeprune.distillation.matching import each_token, match
+from edgeprune.distillation.pool import Fields, Pool, Source, make_pool
 from edgeprune.models import Model, load
 from edgeprune.precision import fast_copy, fast_products
 from edgeprune.writing import continued, in_batches, lines_after, special_ids, with_bos
@@ -101,9 +101,10 @@ def _matched(
             others = weights @ features - weights[i] * features[i]
             before = np.square(target - (others + weights[i] * features[i]) / total).sum()
             after = np.square(target - (others + weights[i] * again.features[i]) / total).sum()
-            if after < before and again.nlls[i] <= nlls[i] + _TOLERATED:
+            if i in again.fitting and after < before and again.nlls[i] <= nlls[i] + _TOLERATED:
                 current[i], features[i], nlls[i] = edited[i], again.features[i], again.nlls[i]
-    return tuple(current), tuple(float(weight) for weight in weights)
+    sizes = np.ones(len(current)) if quota.tokens is None else texts.pool.lengths[chosen]
+    return tuple(current), tuple(map(float, each_token(weights, sizes)))
 
 
 class _Judge:
@@ -133,7 +134,7 @@ class _Judge:
             source,
             self._model.tokenizer,
             fields=Fields(label="label"),
-            length=LENGTH,
+            length=self._order.length,
             folder=self._order.scratch,
             repeats=keep,
         )
@@ -150,12 +151,14 @@ def _candidates(order: Order, model: Model, writer: torch.nn.Module, label: int 
     """Texts that the model writes, in the pool's manner."""
     generator = torch.Generator().manual_seed(order.seed * 1_000_003 + (label or 0))
     tokens, count = order.quota.tokens, order.quota.count
-    wanted = round(SURPLUS_LABELLED * (count or 1)) if tokens is None else max(2, round(SURPLUS * tokens / LENGTH))
+    wanted = (
+        round(SURPLUS_LABELLED * (count or 1)) if tokens is None else max(2, round(SURPLUS * tokens / order.length))
+    )
 
     def write_some(rows: int) -> list[str]:
         if label is None:
-            begun = _beginnings(order.pool, rows, generator)
-            written, _ = continued(model, writer, begun, LENGTH, generator)
+            begun = _beginnings(order.pool, rows, generator, order.length)
+            written, _ = continued(model, writer, begun, order.length, generator)
             return [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
         prompt = _prompt(order, model, label, generator)
         return list(filter(None, lines_after(model, writer, prompt, rows, _MOST, generator)))
@@ -171,13 +174,13 @@ def _candidates(order: Order, model: Model, writer: torch.nn.Module, label: int 
 
 def _kept(order: Order, model: Model, label: int | None) -> Path:
     """Where the candidates of one class stay until the set is written."""
-    parts = [model.hash, order.pool.hash, label, asdict(order.quota), order.seed, LENGTH, _BEGUN, _SHOWN, _MOST]
+    parts = [model.hash, order.pool.hash, label, asdict(order.quota), order.seed, order.length, _BEGUN, _SHOWN, _MOST]
     return order.kept / "texts" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.partial.json"
 
 
-def _beginnings(pool: Pool, rows: int, generator: torch.Generator) -> torch.Tensor:
+def _beginnings(pool: Pool, rows: int, generator: torch.Generator, most: int) -> torch.Tensor:
     """First tokens of texts of the pool that are long enough, (rows, begun)."""
-    begun = int(min(_BEGUN, np.median(pool.lengths)))
+    begun = int(min(_BEGUN, most // 2, np.median(pool.lengths)))
     long_enough = (pool.lengths >= begun).nonzero()[0]
     drawn = torch.randint(len(long_enough), (rows,), generator=generator)
     return torch.tensor(np.stack([pool.ids(int(i))[:begun] for i in long_enough[drawn]]))
