@@ -253,18 +253,25 @@ def within(written: Written, tokens: int, tokenizer: Any) -> Written:
     It may cut a text that a model wrote, or one out of a longer one, into more tokens than were counted before.
     """
     kept: list[str] = []
-    for text in written.texts:
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    for whole in written.texts:
+        text = whole
+        spans = _spans(text, tokenizer)
         while len(spans) > tokens:
-            text = text[: spans[-1][0] if len(spans) == tokens + 1 else spans[tokens][0]]
-            again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            spans = again["offset_mapping"]
-        if not text:
+            text = text[: min(spans[tokens][0], len(text) - 1)]
+            spans = _spans(text, tokenizer)
+        if text:
+            kept.append(text)
+            tokens -= len(spans)
+        if text != whole:
             break
-        kept.append(text)
-        tokens -= len(spans)
     labels, weights = written.labels, written.weights
     return Written(tuple(kept), labels and labels[: len(kept)], weights and weights[: len(kept)])
+
+
+def _spans(text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """Where in the text each of its tokens lies."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(encoded["offset_mapping"])
 
 
 def _write(out: Path, written: Written) -> None:
