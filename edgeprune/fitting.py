@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgeprune.boards import Place, place
+from edgeprune.boards import Place, find_board, place
 from edgeprune.bundle import CHECKPOINTS, Made, write_bundle
 from edgeprune.calibration import licence_of
 from edgeprune.candidates import RATIOS, Candidate
@@ -150,6 +150,9 @@ def prepare(
     if options.distill and options.calibration is None:
         raise BadInput("there is no text to distil", where="--distill", remedy="name it with --calibration")
     check_texts(options)
+    if options.board:
+        find_board(options.board)  # that it is known
+        profile = profile.model_copy(update={"reachable": True})
     source = checkpoint_folder(resolve(str(model), say=say), say=say)
     shape = Checkpoint(source).shape
     if budget.context > shape.max_positions:
@@ -205,8 +208,6 @@ def fit(
         options["targets"] = tuple(target_for(t) if isinstance(t, str) else t for t in targets)
     settings = FitOptions(**options)
     there = place(settings.board, None if settings.board else settings.threads)
-    if settings.board:
-        profile = profile.model_copy(update={"reachable": True})
     source, proposal = prepare(model, profile, budget, settings, progress=progress)
     if on_proposal:
         on_proposal(proposal)

@@ -57,6 +57,7 @@ def test_every_command_has_help() -> None:
     ("arguments", "message"),
     [
         (["fit", "--device", "rpi55", "--dry-run"], "unknown device 'rpi55'; did you mean 'rpi5'?"),
+        (["fit", "--device", "rpi5", "--board", "kitchen", "--dry-run"], "unknown board 'kitchen'"),
         (["fit", "--model", "dmeo", "--device", "rpi5"], "unknown model 'dmeo'; did you mean 'demo'?"),
         (["fit", "--device", "rpi5", "--quant", "Q4_O"], "unknown quantisation 'Q4_O'; did you mean 'Q4_0'?"),
         (["fit", "--device", "rpi5", "--runtime", "lamacpp"], "did you mean 'llamacpp'?"),

@@ -102,7 +102,7 @@ class ModelReadings:
 
     @property
     def means(self) -> Floats:
-        """Mean of the dense model's last hidden states, past the final norm, (n, hidden)."""
+        """Mean of the dense model's last states, past the final norm, over all tokens but the last, (n, hidden)."""
         return self._column("means")
 
     @property
