@@ -156,14 +156,24 @@ def licence_of(source: str) -> str | None:
     return ", ".join(stated) if isinstance(stated, list) else stated
 
 
+def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
+    """The first `count` token ids of a text, or more: of a large file no more is tokenised than that takes."""
+    characters = 16 * count
+    while True:
+        ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        # Where the text is cut the last tokens may be others than in the whole of it.
+        if characters >= len(text) or len(ids) > count + 64:
+            return ids
+        characters *= 2
+
+
 def take(model: Model, texts: Iterator[str], source: str, *, count: int, length: int) -> TextSet:
     """The first `count` · `length` tokens in pieces of up to `length`; long texts are cut into several pieces."""
     ids: list[torch.Tensor] = []
     room = count * length
     for text in texts:
         # Longer than the model's context is no mistake here: it is cut below.
-        encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = torch.tensor(encoded, dtype=torch.int64)
+        tokens = torch.tensor(first_ids(model.tokenizer, text, room), dtype=torch.int64)
         for piece in torch.split(tokens[:room], length):
             if len(piece) >= min(length, 8):
                 ids.append(piece)

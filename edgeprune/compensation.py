@@ -23,6 +23,7 @@ from edgeprune.errors import StageFailed
 
 # Of the mean second moment; keeps an input that never fires from making the matrix singular.
 _FLOOR = 1e-6
+_LEAST = 1e-30  # mean square of inputs that are all zero: nothing can be learnt from them, and nothing overflows
 # Relative error of a solution in float64 grows with the condition number; above this it would reach per cents.
 MAX_CONDITION = 1e13
 
@@ -100,7 +101,7 @@ class Moments:
     def damping(self, ridge: float) -> torch.Tensor:
         """The diagonal of Λ, (inputs,)."""
         diagonal = self.gram.diagonal().double()
-        return ridge * diagonal + _FLOOR * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        return ridge * diagonal + _FLOOR * diagonal.mean().clamp_min(_LEAST)
 
     def damped_cross(self, ridge: float, kept: torch.Tensor) -> torch.Tensor:
         """Rows `kept` of C + Λ W₀, (kept, outputs), with C that of the whole target."""

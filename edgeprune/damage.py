@@ -8,6 +8,7 @@ from the same table (`allocation`), with no further forward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from edgeprune.blocks import HALVES, Block, Half, Head, LayeredModel
 from edgeprune.compensation import Moments
 from edgeprune.elimination import Surgeon, choose_heads, eliminate, rows_of
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import read_json, write_json
 from edgeprune.layerwise import Compensation, Streams, after_half, run_half
 from edgeprune.plan import head_options
@@ -140,6 +141,8 @@ class Reference:
             logits = head.logits(residual[part])
             each = self.negative_entropy[part] - (self.probabilities[part] * logits).sum(-1) + logits.logsumexp(-1)
             total += float(each.sum(dtype=torch.float64))
+        if not math.isfinite(total):  # and no damage would be what it looks like
+            raise StageFailed("the model's logits are not finite", remedy="its weights are damaged, or need float32")
         return max(0.0, total / len(residual))
 
 

@@ -181,8 +181,8 @@ class _Distillation(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
-        kl = hidden.new_zeros((), dtype=torch.float64)
-        ce = hidden.new_zeros((), dtype=torch.float64)
+        wide = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        kl, ce = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
         for block in head.blocks(n, hidden.element_size()):
             logits = head.raw(hidden[block])  # (rows, V)
             for rows in pieces(block, hidden.device):

@@ -246,6 +246,8 @@ def prune(
     check_corpus(corpus, method)
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
+    if method == OBS and scope != "both":
+        raise BadInput("obs finds the shares of heads and neurons itself", where="--scope", remedy="add --method amp")
     if not 0.0 <= ratio < 1.0:
         raise BadInput(f"ratio {ratio:g} is not in [0, 1)", where="--ratio", remedy="for example 0.2")
     paths = [Path(path).expanduser() for path in corpus]

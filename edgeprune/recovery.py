@@ -149,7 +149,7 @@ class _Run:
     ) -> None:
         self.recipe, self.windows, self.seed, self.seconds, self.out = recipe, windows, seed, seconds, out
         self.accelerator, self.clock, self.say = accelerator, clock, say
-        self.partial = out.with_name(f"{out.name}.partial")
+        self.partial = result_folder(out.with_name(f"{out.name}.partial"), STATE)  # it is removed at the end
         self.training, self.held = training, held
         device: torch.device = accelerator.device
         dtype = number_format(device)
@@ -211,7 +211,9 @@ class _Run:
 
     def all(self, method: str, resume: bool) -> RecoveryResult:
         """The run from wherever it stands to the folder written."""
-        if resume and (found := restore(self.partial / STATE, self.state.key)) is not None:
+        if not resume:  # or an interrupt before the first checkpoint would bring it back
+            (self.partial / STATE).unlink(missing_ok=True)
+        elif (found := restore(self.partial / STATE, self.state.key)) is not None:
             self.state, tensors, best = found
             self.optimizer.restore(tensors)
             self.best = best or self._copy()

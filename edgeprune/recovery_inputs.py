@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.calibration import self_generated
+from edgeprune.calibration import first_ids, self_generated
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.models import load
@@ -84,7 +84,7 @@ def longest_window(text: Sequence[str], tokenizer: Any, length: int) -> int:
     """`length`, halved until the text holds four windows, but not below an eighth."""
     tokens, least = 0, length // 8
     for each in text:
-        tokens += len(tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens += len(first_ids(tokenizer, each, 4 * length))
         if tokens > 4 * length:
             return length
     while length > least and tokens <= 4 * length:

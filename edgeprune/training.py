@@ -26,7 +26,7 @@ _LEAST_SHARE = 0.01  # of the peak rate, so that the first step moves at all
 def number_format(device: torch.device) -> torch.dtype:
     """bfloat16 where this processor multiplies it faster than float32 (measured in about 20 ms), else float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     seconds = {dtype: _product_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     return torch.bfloat16 if seconds[torch.float32] > _WORTH_IT * seconds[torch.bfloat16] else torch.float32
 

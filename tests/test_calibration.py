@@ -11,8 +11,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edgeprune.calibration import licence_of, read_texts, read_weighted, self_generated, text_set
+from edgeprune.calibration import first_ids, licence_of, read_texts, read_weighted, self_generated, text_set
 from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir
 from edgeprune.models import Model
@@ -160,3 +162,16 @@ def test_short_texts_make_up_the_same_number_of_tokens(tiny: Model, tmp_path: Pa
     path.write_text("".join(json.dumps({"text": "one two three four five six " * 3}) + "\n" for _ in range(200)))
     texts = text_set(tiny, str(path), count=8, length=64, seed=0)
     assert len(texts.ids) > 8 and 8 * 64 - 8 < texts.tokens <= 8 * 64
+
+
+@given(st.text(max_size=400), st.integers(1, 40))
+def test_of_a_long_text_no_more_is_tokenised_than_is_wanted(text: str, count: int) -> None:
+    tokenizer = byte_tokenizer()
+    whole = tokenizer(text * 20)["input_ids"]
+    found = first_ids(tokenizer, text * 20, count)
+    assert found[:count] == whole[:count] and len(found) <= max(64 * count, 8 * (count + 64))
+
+
+def byte_tokenizer() -> Any:
+    """A stand-in that gives each byte a token."""
+    return lambda text, **_options: {"input_ids": list(text.encode())}

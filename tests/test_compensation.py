@@ -189,3 +189,9 @@ def test_a_token_twice_as_large_counts_a_quarter() -> None:
     weights = token_weights(torch.tensor([[1.0, -1.0], [2.0, -2.0]]))
     assert weights.mean() == pytest.approx(1.0)
     assert float(weights[0] / weights[1]) == pytest.approx(4.0)
+
+
+def test_inputs_that_are_all_zero_give_no_nan() -> None:
+    flat = Moments(torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 2), torch.ones(4, 2), 1.0)
+    found = eliminate(flat, RIDGE, widths=[2], step=1)
+    assert all(torch.isfinite(weights).all() for weights in found.weights.values())

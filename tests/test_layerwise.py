@@ -14,7 +14,7 @@ from edgeprune.blocks import LayeredModel
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.compensated import Origin, prune_compensated
 from edgeprune.damage import DamageTable, Reference, measure_damage
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.layerwise import Compensation, PrunedLayer, Streams, packed, prune_layers, start_streams
 from edgeprune.runtimes.pytorch import load_model
 from edgeprune.shape import LayerShape
@@ -261,3 +261,11 @@ def test_a_part_of_a_vocabulary_stands_for_all_of_it(tmp_path: Path, name: str) 
     assert small.divergence(part, residual) < 1e-6
     assert small.divergence(part, changed) == pytest.approx(whole.divergence(head, changed), rel=0.1)
     assert head.sample(residual, model.shape.vocab) is head
+
+
+def test_a_model_that_computes_nothing_is_told(tmp_path: Path) -> None:
+    model = LayeredModel(Checkpoint(save_tiny(tmp_path, "llama")))
+    model.embed(text())
+    head, residual = model.head(), torch.randn(3, model.shape.hidden)
+    with pytest.raises(StageFailed, match="not finite"):
+        Reference.of(head, residual).divergence(head, torch.full_like(residual, torch.nan))

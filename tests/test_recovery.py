@@ -531,3 +531,26 @@ def test_neither_model_is_written_over(student: Path, tiny_folder: Path) -> None
         with pytest.raises(BadInput, match="holds something else"):
             run(student, tiny_folder, place, text=TEXT)
     assert Checkpoint(tiny_folder).hash() == before
+
+
+def test_what_lies_beside_the_result_is_not_lost(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious.txt").write_text("mine")
+    with pytest.raises(BadInput, match="holds something else"):
+        run(student, tiny_folder, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "precious.txt").read_text() == "mine"
+
+
+def test_what_was_not_to_be_resumed_does_not_come_back(student: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    def until(step: int) -> Callable[[str, int, int], None]:
+        def interrupt(stage: str, done: int, _total: int) -> None:
+            if stage == "training (steps)" and done == step:
+                raise KeyboardInterrupt
+
+        return interrupt
+
+    for checkpoint_s, step, resume in ((0.0, 5, True), (1e9, 1, False)):
+        recipe = replace(QUICK, max_steps=8, checkpoint_s=checkpoint_s)
+        with pytest.raises(KeyboardInterrupt):
+            run(student, tiny_folder, tmp_path / "out", recipe, resume=resume, progress=until(step))
+        assert (tmp_path / "out.partial" / "state.safetensors").exists() == resume
