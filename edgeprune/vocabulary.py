@@ -163,6 +163,7 @@ class Choice:
 
     kept: Ids  # ascending
     uses: Counts  # of each id once the others are read as their pieces (0 for those): (vocabulary.size,)
+    removed: Ids  # the others, in the order in which they left
 
 
 def keep_tokens(vocabulary: BpeVocabulary, counts: Counts, size: int) -> Choice:
@@ -203,11 +204,13 @@ def keep_tokens(vocabulary: BpeVocabulary, counts: Counts, size: int) -> Choice:
     heap = [entry(i) for i in range(vocabulary.size) if not builds[i] and i not in vocabulary.fixed]
     heapq.heapify(heap)
     left = vocabulary.size
+    removed: list[int] = []
     while left > size:
         if not heap:
             raise BadInput(f"{left} tokens have to stay, {size} were asked for", remedy=f"ask for {left} or more")
         index = -heapq.heappop(heap)[2]
         kept[index] = False
+        removed.append(index)
         left -= 1
         for piece in vocabulary.pieces[index]:
             uses[piece] += uses[index]
@@ -215,4 +218,15 @@ def keep_tokens(vocabulary: BpeVocabulary, counts: Counts, size: int) -> Choice:
             # Only now does it enter the heap: while a token is built from it, its count can still rise.
             if not builds[piece] and piece not in vocabulary.fixed:
                 heapq.heappush(heap, entry(piece))
-    return Choice(np.flatnonzero(kept).astype(np.int64), np.where(kept, uses, 0.0))
+    gone = np.array(removed, dtype=np.int64)
+    return Choice(np.flatnonzero(kept).astype(np.int64), np.where(kept, uses, 0.0), gone)
+
+
+def read_without(vocabulary: BpeVocabulary, counts: Counts, removed: Ids) -> Counts:
+    """Uses of each id in a text of these `counts` once the `removed` are read as their pieces, (vocabulary.size,)."""
+    uses: list[float] = counts.astype(np.float64).tolist()
+    for index in removed:
+        for piece in vocabulary.pieces[index]:
+            uses[piece] += uses[index]
+        uses[index] = 0.0
+    return np.array(uses)

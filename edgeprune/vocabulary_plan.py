@@ -18,7 +18,7 @@ from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import read_json, write_json
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.shape import ModelShape
-from edgeprune.vocabulary import BpeVocabulary, keep_tokens, read_vocabulary, smallest
+from edgeprune.vocabulary import BpeVocabulary, keep_tokens, read_vocabulary, read_without, smallest
 from edgeprune.vocabulary_counts import count_tokens
 from edgeprune.vocabulary_tokenizer import gguf_fixed, special_ids_of
 
@@ -236,20 +236,20 @@ def plan_vocabulary(
     text = corpus(corpus_paths)
     stage = None if progress is None else lambda done, total: progress("counting", done, total)
     counted = count_tokens(tokenizer, text, progress=stage)
-    counts = np.zeros(shape.vocab)
-    counts[: len(counted.counts)] = counted.counts
-    expectation = None
+    in_text = np.zeros(shape.vocab)
+    in_text[: len(counted.counts)] = counted.counts
+    counts, expectation = in_text, None
     if windows:
         from edgeprune.vocabulary_usage import MISFIT_LIMIT, expected_use, posterior_counts, prior_shift
 
         expectation = expected_use(folder, tokenizer, text, windows=windows, seed=seed, progress=progress)
-        counts = posterior_counts(counts, expectation.probability)
+        counts = posterior_counts(in_text, expectation.probability)
     choice = keep_tokens(vocabulary, counts, rows)
     plan = VocabularyPlan(
         kept=tuple(choice.kept.tolist()),
         size_before=shape.vocab,
         reached_ratio=(shape.vocab - len(choice.kept)) * row_parameters(shape) / shape.parameters,
-        longer=float(choice.uses.sum() / counts.sum()),
+        longer=float(read_without(vocabulary, in_text, choice.removed).sum() / in_text.sum()),
         corpus=text.hash,
         corpus_files=text.names,
         corpus_tokens=counted.n_tokens,

@@ -31,6 +31,7 @@ from edgeprune.gguf_vocabulary import gguf_vocabulary
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.llamacpp import LlamaCpp
 from edgeprune.runtimes.llamacpp_vocabulary import Vocabulary
+from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.tokenizer_proof import PROOF_TEXTS, prove_same_ids
 from edgeprune.vocabulary import closure, derive, keep_tokens, read_vocabulary, smallest
 from edgeprune.vocabulary_counts import count_tokens
@@ -254,6 +255,14 @@ def test_plan_is_reproducible_and_comes_back_from_its_file(tiny_folder: Path, te
             VocabularyPlan.load(tmp_path / "bad.json")
     with pytest.raises(BadInput, match="have to stay"):
         plan_vocabulary(tiny_folder, [text], size=64, windows=0)
+
+
+def test_a_text_becomes_as_much_longer_as_is_told(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    """The text's own counts tell it, not those with the model's expectation, by which tokens are chosen."""
+    plan = plan_vocabulary(tiny_folder, [text], size=320, windows=2)
+    prune_vocabulary(tiny_folder, plan, tmp_path / "small")
+    before, after = (load_tokenizer(each)(text.read_text())["input_ids"] for each in (tiny_folder, tmp_path / "small"))
+    assert plan.longer == pytest.approx(len(after) / len(before), rel=0.02)
 
 
 def test_the_model_speaks_where_the_corpus_is_silent(tiny_folder: Path, text: Path) -> None:
