@@ -197,9 +197,10 @@ def measure_damage(
             moments = _dense_moments(block, half, streams, before, how)
             inner = block.inner(half, began if block.family.parallel else residual)
             if half == "attention":
-                heads = _head_choices(moments, dense, model.shape.head_dim, how)
+                # Nothing can be chosen where no format holds other heads.
+                heads = [] if model.shape.fixed_heads else _head_choices(moments, dense, model.shape.head_dim, how)
                 first = [_narrowed(block, half, residual, inner, kept, weight) for _, kept, weight in heads]
-                ends = judge([_past_mlp(block, x, began) for x in first])
+                ends = judge([_past_mlp(block, x, began) for x in first]) if first else []
                 options = [HeadOption(o.heads, o.kv_heads, kl) for (o, _, _), kl in zip(heads, ends, strict=True)]
                 attention = (HeadOption(dense.heads, dense.kv_heads, 0.0), *options)
             else:

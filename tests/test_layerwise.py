@@ -201,6 +201,7 @@ def test_damage_grows_with_what_is_removed(tmp_path: Path, name: str) -> None:
     assert len(table.attention) == len(table.mlp) == len(model.shape.layers)
     for index in range(len(model.shape.layers)):
         assert (table.attention[index][0].heads, table.attention[index][0].damage) == (dense.heads, 0.0)
+        assert (len(table.attention[index]) == 1) == model.shape.fixed_heads  # no more than can be chosen
         assert table.mlp_damage(index, dense.neurons) == 0.0
         assert 0 < table.mlp_damage(index, 96) <= table.mlp_damage(index, 32) <= table.mlp_damage(index, 0)
     table.save(tmp_path / "table.json")
