@@ -16,8 +16,7 @@ from typing import Any
 from edgeprune.errors import BadInput
 
 CHUNK = 1 << 20  # bytes
-_UNWRITABLE = {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-_UNWRITABLE |= {errno.ENOENT, errno.ENAMETOOLONG}
+_UNWRITABLE = {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def cache_dir() -> Path:

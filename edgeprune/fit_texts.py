@@ -73,7 +73,8 @@ def check_texts(settings: FitOptions) -> None:
             continue
         if not path.exists():
             raise BadInput(f"no file {name}", where=option, remedy="give a text or JSONL file")
-        for _ in read_weighted(path) if settings.recovery_s else read_texts(path):
+        trains = settings.recovery_s and option == "--calibration"
+        for _ in read_weighted(path) if trains else read_texts(path):
             pass
 
 

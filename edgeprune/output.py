@@ -38,7 +38,7 @@ def without_controls(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """The same, of which rich reads nothing as its markup."""
+    """`printable` text, of which rich reads nothing as its markup."""
     return without_markup(printable(text))
 
 
