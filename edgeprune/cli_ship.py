@@ -32,11 +32,10 @@ def check_runtimes(names: Iterable[str], runtimes: Collection[str]) -> None:
     Raises:
         BadInput: one needs a file of another runtime.
     """
-    from edgeprune.shipping import TARGETS
+    from edgeprune.shipping import needed_runtime
 
     for name in names:
-        target, _, option = name.partition(":")
-        needed = None if option == "onnx" else TARGETS[target].runtime
+        needed = needed_runtime(name)
         if needed is not None and needed not in runtimes:
             raise BadInput(
                 f"{name} needs a file for {needed}", where="--to", remedy="name a quantisation for it with --quant"

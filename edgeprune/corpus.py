@@ -8,10 +8,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import sha256
@@ -31,6 +31,8 @@ TEXT_FIELDS = (
 )
 _BLOCK = 1 << 14  # characters of one piece of a text file
 _LONGEST_LINE = 1 << 26  # characters of one JSON record
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,15 @@ def pieces(found: Corpus) -> Iterator[tuple[Path, str]]:
     for file, record in records(found):
         if text := record_text(record):
             yield file, text
+
+
+def up_to(items: Iterable[T], characters: int, size: Callable[[T], int]) -> Iterator[T]:
+    """The first items, until they hold so many characters by `size`: a hub dataset may have no end that is wanted."""
+    for item in items:
+        yield item
+        characters -= size(item)
+        if characters <= 0:
+            return
 
 
 def hub_records(name: str) -> Iterator[Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.calibration import TextSet, held_out_text, read_texts, read_weighted, text_set, weighted_texts
-from edgeprune.corpus import corpus
+from edgeprune.corpus import corpus, up_to
 from edgeprune.distillation.distil import distil
 from edgeprune.errors import BadInput
 from edgeprune.files import sha256
@@ -54,7 +54,9 @@ def recovery_text(source: Path, settings: FitOptions, distilled: Path) -> Recove
         if settings.distill:
             name = str(_distilled(source, pruned, settings, distilled / "recovery.jsonl", progress))
         texts = weighted_texts(name)
-        return list(texts if Path(name).expanduser().exists() else up_to(texts, HUB_CHARACTERS))
+        if not Path(name).expanduser().exists():
+            texts = up_to(texts, HUB_CHARACTERS, lambda pair: len(pair[0]))
+        return list(texts)
 
     return give
 
@@ -84,15 +86,6 @@ def recovery_key(settings: FitOptions) -> str:
     path = None if name is None else Path(name).expanduser()
     text = sha256(path) if path is not None and path.is_file() else name
     return json.dumps([text, settings.distill, settings.seed])
-
-
-def up_to(texts: Iterator[tuple[str, float]], characters: int) -> Iterator[tuple[str, float]]:
-    """The first texts, until they hold so many characters."""
-    for text, weight in texts:
-        yield text, weight
-        characters -= len(text)
-        if characters <= 0:
-            return
 
 
 def _distilled(model: Path, student: Path | None, settings: FitOptions, out: Path, progress: Progress | None) -> Path:

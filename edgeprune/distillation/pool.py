@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.calibration import licence_of
-from edgeprune.corpus import TEXT_FIELDS, corpus, hub_records, record_text, records
+from edgeprune.corpus import TEXT_FIELDS, corpus, hub_records, record_text, records, up_to
 from edgeprune.errors import BadInput
 from edgeprune.files import atomic_folder, cache_dir, read_json, write_json
 
@@ -57,7 +57,10 @@ def source_of(names: Sequence[str]) -> Source:
     paths = [Path(name).expanduser() for name in names]
     if len(names) == 1 and not paths[0].exists() and "/" in names[0] and not names[0].startswith((".", "/", "~")):
         return Source(
-            names[0], _hub_hash(names[0]), licence_of(names[0]), lambda: _up_to(hub_records(names[0]), HUB_CHARACTERS)
+            names[0],
+            _hub_hash(names[0]),
+            licence_of(names[0]),
+            lambda: up_to(hub_records(names[0]), HUB_CHARACTERS, _size),
         )
     found = corpus(paths)
     stated = [licence_of(str(file)) for file in found.files]
@@ -66,13 +69,8 @@ def source_of(names: Sequence[str]) -> Source:
     return Source(", ".join(names), found.hash, licence, lambda: (record for _, record in records(found)))
 
 
-def _up_to(records: Iterator[Any], characters: int) -> Iterator[Any]:
-    """The first records, until they hold so many characters."""
-    for record in records:
-        yield record
-        characters -= len(record if isinstance(record, str) else json.dumps(record, ensure_ascii=False))
-        if characters <= 0:
-            return
+def _size(record: Any) -> int:
+    return len(record if isinstance(record, str) else json.dumps(record, ensure_ascii=False))
 
 
 def _hub_hash(name: str) -> str:

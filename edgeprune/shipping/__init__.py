@@ -66,6 +66,13 @@ TARGETS: dict[str, Target] = {
 }
 
 
+def needed_runtime(to: str) -> str | None:
+    """The runtime whose measured file a target with its options needs; None: that of the chosen one, whatever it is."""
+    name, _, options = to.partition(":")
+    # A graph for an app is made of the weights of what was chosen, whatever runs that.
+    return None if options == "onnx" else TARGETS[name].runtime
+
+
 def ship(
     run: str | Path,
     to: str,
@@ -97,8 +104,7 @@ def ship(
     target = TARGETS[name]
     say = say or (lambda _text: None)
     opened = Run.open(Path(run), model)
-    # A graph for an app is made of the weights of what was chosen, whatever runs that.
-    bundle = opened.bundle(None if options == "onnx" else target.runtime)
+    bundle = opened.bundle(needed_runtime(to))
     out = result_folder(Path(out) if out is not None else opened.folder / FOLDER / name, PROVENANCE)
     threads = threads or available_cores()
     with atomic_folder(out) as temporary:
