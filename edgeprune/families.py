@@ -271,19 +271,19 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_for(model_type: str) -> Family:
-    """The family of a `config.json`'s `model_type`.
+def family_for(model_type: str, where: object = None) -> Family:
+    """The family of a `config.json`'s `model_type`; `where` it stands is what an error names.
 
     Raises:
         BadInput: no family has it; the message names the nearest and all supported ones.
     """
     types = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
     if model_type not in types:
-        raise unknown("model family", model_type, types)
+        raise unknown("model family", model_type, types, where)
     return types[model_type]
 
 
-def family_for_gguf(architecture: str) -> Family:
+def family_for_gguf(architecture: str, where: object = None) -> Family:
     """The family of a GGUF file's `general.architecture`; raises `BadInput` as `family_for` does.
 
     Of families that share an architecture the first is taken: a Mistral file says no more than that it is a LLaMA.
@@ -295,5 +295,5 @@ def family_for_gguf(architecture: str) -> Family:
         if family.gguf_per_layer:
             archs.setdefault(family.gguf_per_layer, family)
     if architecture not in archs:
-        raise unknown("GGUF architecture", architecture, archs)
+        raise unknown("GGUF architecture", architecture, archs, where)
     return archs[architecture]

@@ -58,7 +58,7 @@ def gguf_to_folder(source: Path, out: Path) -> Path:
     """
     file = GgufFile(source)
     file.check_loadable()
-    family = family_for_gguf(file.architecture)
+    family = family_for_gguf(file.architecture, file.path)
     shape = _shape(file, family)
     if file.architecture not in (architecture(shape, where=source), family.gguf_per_layer):
         raise BadInput(f"widths that architecture {file.architecture!r} cannot have", where=source)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from edgeprune.errors import BadInput
 from edgeprune.runtimes.pytorch import bos_of
 
 _BETWEEN = "\n\n"  # what separates texts that share a window
+_PIECE = 1 << 20  # characters tokenised at once: a tokenizer holds some 250 bytes for each
 _MOST_TOKENS = 50_000_000  # read from the texts; more would take longer to tokenise than most trainings last
 
 
@@ -77,18 +80,19 @@ def pack(
     Raises:
         BadInput: the texts are too short for two windows.
     """
-    ids: list[int] = []
-    counts: list[float] = []
+    ids, counts = array("i"), array("f")
     between = tokenizer(_BETWEEN, add_special_tokens=False)["input_ids"]
     for number, text in enumerate(texts):
         if ids:
-            ids += between
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids.extend(between)
+        for piece in _pieces(text):
+            if len(ids) <= _MOST_TOKENS:
+                ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
         if weights is not None:
-            counts += [weights[number]] * (len(ids) - len(counts))
+            counts.extend([weights[number]] * (len(ids) - len(counts)))
         if len(ids) > _MOST_TOKENS:
             break
-    stream = torch.tensor(ids, dtype=torch.int64)
+    stream = torch.from_numpy(np.array(ids, dtype=np.int64))
     bos = bos_of(tokenizer)
     if bos is None:
         windows = stream.unfold(0, length + 1, length) if len(stream) > length else stream.new_empty(0, length + 1)
@@ -103,8 +107,19 @@ def pack(
         )
     if weights is None:
         return Windows(windows.contiguous())
-    predicted = torch.tensor(counts)[int(bos is None) :][: len(windows) * length].view(-1, length)
+    predicted = torch.from_numpy(np.array(counts))[int(bos is None) :][: len(windows) * length].view(-1, length)
     return Windows(windows.contiguous(), predicted / predicted.mean())
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of at most `_PIECE` characters, cut before an end of a line where there is one."""
+    start = 0
+    while len(text) - start > _PIECE:
+        cut = text.rfind("\n", start + 1, start + _PIECE)
+        end = start + _PIECE if cut < 0 else cut
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def hold_out(n: int, count: int) -> tuple[Tensor, Tensor]:

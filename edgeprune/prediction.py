@@ -117,6 +117,7 @@ def predict_size(
     """
     if not (1e5 <= parameters <= 1e13 and 1 <= layers <= 10_000 and (size_mib is None or 0 < size_mib < 1e9)):
         raise BadInput("a model needs 1e5 to 1e13 parameters, 1 to 10000 layers and a size above 0")
+    quantisation = next((name for name in QUANTISATIONS if name.lower() == quantisation.lower()), quantisation)
     bits = known_mixture(quantisation).bits
     size = round(parameters * bits / 8 if size_mib is None else size_mib * MIB)
     hidden = (parameters / (12 * layers)) ** 0.5  # attention 4 h², MLP 8 h², a layer

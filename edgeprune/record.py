@@ -45,7 +45,7 @@ class Trial:
         reason: one line on that; None if ok.
         quality: of the exported file in its runtime, compared with the dense model's distributions or, where the file
             has other tokens, with its likelihood of the text; None if it failed.
-        speed: llama-bench records measured on this machine, by test ("pp512", "tg128"); empty if not measured.
+        speed: llama-bench records measured where `quality` was, by test ("pp512", "tg128"); empty if not measured.
         files: file name -> {"sha256", "bytes"} of what was exported.
         seconds: how long it took.
     """

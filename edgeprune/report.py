@@ -241,6 +241,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         for c, t in result.trials
         for test, speed in t.speed.items()
     ]
+    machines = dict.fromkeys(t.quality.measured_on.machine for _, t in result.trials if t.speed and t.quality)
     sections = [
         f"# {proposal.model} on {proposal.profile.name}",
         f"**{result.verdict}**",
@@ -260,7 +261,7 @@ def write_report(result: FitResult, record: dict[str, Any]) -> None:
         )
     if measured_here:
         sections += [
-            "## Speed, measured on this machine",
+            f"## Speed, measured on {', '.join(machines)}",
             _table(["candidate", "test", "tokens/s (95 % interval)", "peak MiB"], measured_here),
         ]
     sections += [

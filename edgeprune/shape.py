@@ -263,7 +263,7 @@ def shape_from_config(config: Mapping[str, Any], *, where: object = "config.json
         raise BadInput(
             "this is Gemma 3 with images", where=where, remedy="extract the text model (model_type gemma3_text)"
         )
-    family = family_for(config["model_type"])
+    family = family_for(config["model_type"], where)
     config = {**family.defaults, **config}
     own = {key: config[key] for key in family.defaults}  # words that only some families' classes read
     activation = config.get(family.activation_key) or family.activation

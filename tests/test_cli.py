@@ -74,6 +74,8 @@ def test_every_command_has_help() -> None:
         (["prune", "demo-", "--ratio", "0.1", "--out", "x"], "did you mean 'demo'?"),
         (["bench", "nowhere.gguf"], "no such file"),
         (["eval", "nowhere.gguf"], "nothing to judge on"),
+        (["eval", "x.gguf", "--text", "x.txt", "--windows", "4"], "--windows: without a reference all of the text is"),
+        (["eval", "x.gguf", "--text", "x.txt", "--limit", "4"], "--limit: no tasks to take items of"),
         (["inspect", "nowhere"], "no such file"),
         (["export", "demo", "--quant", "int4", "--out", "x.gguf"], "needs a folder"),
         (["export", "demo", "--quant", "Q4_0", "--out", "x"], "ends in .gguf"),

@@ -247,11 +247,17 @@ def test_budgets_come_from_the_profile_and_can_be_overridden() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"min_tokens_per_s": -1}, {"max_memory_mib": 0}, {"max_file_mib": math.nan}, {"context": 0}]
+    ("name", "field", "value"),
+    [
+        ("--min-tps", "min_tokens_per_s", -1),
+        ("--max-memory", "max_memory_mib", 0),
+        ("--max-file", "max_file_mib", math.nan),
+        ("--context", "context", 0),
+    ],
 )
-def test_impossible_budgets_name_the_option(option: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=f"budget: {next(iter(option))}"):
-        Budget.of(**option)
+def test_impossible_budgets_name_the_option(name: str, field: str, value: float) -> None:
+    with pytest.raises(BadInput, match=f"{name}: input should be"):
+        Budget.of(**{field: value})  # type: ignore[arg-type]
 
 
 def test_budgets_and_profiles_are_frozen() -> None:

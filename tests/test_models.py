@@ -80,7 +80,9 @@ def test_unknown_models(name: str, message: str) -> None:
 def test_unknown_family_names_the_supported(make_llama: MakeLlama) -> None:
     folder = make_llama()
     change_config(folder, model_type="lama")
-    with pytest.raises(BadInput, match=r"unknown model family 'lama'; did you mean 'llama'\? known: .*llama"):
+    with pytest.raises(
+        BadInput, match=r"config.json: unknown model family 'lama'; did you mean 'llama'\? known: .*llama"
+    ):
         load(folder)
 
 

@@ -141,6 +141,11 @@ def test_no_figure_for_the_kernel_is_said_not_guessed() -> None:
     assert found.to_json()["pp_tps"] is None and found.to_json()["ttft_s"] is None
 
 
+def test_a_quantisation_may_be_in_any_case() -> None:
+    exact, loose = (predict_size(1e8, 10, name, profile_with("")) for name in ("IQ4_NL", "iq4_nl"))
+    assert exact == loose
+
+
 def test_memory_beyond_the_device_is_a_reason() -> None:
     found = predict_size(1e9, 10, "Q8_0", profile_with(""), size_mib=600)
     assert not found.to_json()["fits"]

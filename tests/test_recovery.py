@@ -290,6 +290,23 @@ def test_windows_are_no_longer_than_the_models_read(tiny_folder: Path, make_llam
     assert (short.length, short.batch, short.held_out) == (256, 2 * usual.batch, 2 * usual.held_out)
 
 
+def test_a_long_text_is_read_in_pieces(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, text = load_tokenizer(tiny_folder), "\n".join(SENTENCES)
+    whole = pack([text, text], tokenizer, 8, [1.0, 2.0])
+    monkeypatch.setattr("edgeprune.packing._PIECE", 100)
+    lengths: list[int] = []
+    call = type(tokenizer).__call__
+
+    def counted(self: Any, text: str, **options: Any) -> Any:
+        lengths.append(len(text))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    pieces = pack([text, text], tokenizer, 8, [1.0, 2.0])
+    assert max(lengths) <= 100 and len(lengths) > 2 * len(text) // 100
+    assert torch.equal(whole.ids, pieces.ids) and whole.weights_hash == pieces.weights_hash
+
+
 @pytest.mark.parametrize("length", [64, 256, 4096])
 def test_short_texts_have_short_windows(tiny_folder: Path, length: int) -> None:
     read, text = load_tokenizer(tiny_folder), [" a" * 100] * 3
