@@ -24,6 +24,7 @@ from edgeprune.importance import text_hash
 from edgeprune.models import Model, companions_hash
 from edgeprune.precision import fast_copy
 from edgeprune.runtimes.pytorch import bos_of
+from edgeprune.shape import ModelShape
 from edgeprune.writing import Progress, continued, in_batches, start_words
 
 SCHEMA_VERSION = 4
@@ -183,6 +184,17 @@ def take(model: Model, texts: Iterator[str], source: str, *, count: int, length:
     if not ids:
         raise BadInput("the text has too few tokens", where=source)
     return _text_set(model, ids, source)
+
+
+def too_few(texts: TextSet, shape: ModelShape) -> str | None:
+    """What to say of a calibration text too short for least squares; None if it is long enough.
+
+    A layer's Gram matrix has full rank only with as many tokens as neurons; about as many fit themselves, not the text.
+    """
+    neurons = max(layer.neurons for layer in shape.layers)
+    if texts.tokens >= 2 * neurons:
+        return None
+    return f"the calibration text has {texts.tokens:,} tokens, and a layer {neurons:,} neurons: give a longer one"
 
 
 def _text_set(model: Model, ids: Sequence[torch.Tensor], source: str) -> TextSet:

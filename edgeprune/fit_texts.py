@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.calibration import TextSet, held_out_text, read_texts, read_weighted, text_set, weighted_texts
+from edgeprune.calibration import TextSet, held_out_text, read_texts, read_weighted, text_set, too_few, weighted_texts
 from edgeprune.corpus import corpus, up_to
 from edgeprune.distillation.distil import distil
 from edgeprune.errors import BadInput
@@ -15,6 +15,7 @@ from edgeprune.files import sha256
 from edgeprune.making import RecoveryText
 from edgeprune.models import HUB_ID, Model
 from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, GIVEN_TEXTS
+from edgeprune.search import METHOD as OBS
 
 if TYPE_CHECKING:
     from edgeprune.fitting import FitOptions
@@ -33,7 +34,7 @@ def calibration_text(model: Model, settings: FitOptions, distilled: Path, progre
     source = settings.calibration
     if settings.distill and source:
         source = str(_distilled(model.folder, None, settings, distilled / "calibration.jsonl", progress))
-    return text_set(
+    texts = text_set(
         model,
         source,
         count=CALIBRATION_TEXTS if settings.calibration is None else GIVEN_TEXTS,
@@ -41,6 +42,9 @@ def calibration_text(model: Model, settings: FitOptions, distilled: Path, progre
         seed=settings.seed,
         progress=None if progress is None else lambda d, t: progress("writing calibration text", d, t),
     )
+    if progress and settings.method == OBS and (caution := too_few(texts, model.shape)):
+        progress(caution, 0, 0)
+    return texts
 
 
 def recovery_text(source: Path, settings: FitOptions, distilled: Path) -> RecoveryText:

@@ -13,7 +13,7 @@ import torch
 
 from edgeprune.allocation import Options, allocate_parameters
 from edgeprune.blocks import LayeredModel
-from edgeprune.calibration import TextSet, retokenized, text_set
+from edgeprune.calibration import TextSet, retokenized, text_set, too_few
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.compensated import Origin, prune_compensated
 from edgeprune.corpus import corpus as read_corpus
@@ -270,6 +270,8 @@ def prune(
         progress=_stage(progress, "writing calibration text"),
     )
     if method == OBS:
+        if progress and (caution := too_few(texts, model.shape)):
+            progress(caution, 0, 0)
         source, shape, model_hash = model.folder, model.shape, model.hash
         del model  # layers are read one by one from here on
         return _prune_by_damage(

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.calibration import first_ids, licence_of, read_texts, read_weighted, self_generated, text_set
+from edgeprune.calibration import first_ids, licence_of, read_texts, read_weighted, self_generated, text_set, too_few
 from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir
 from edgeprune.models import Model
@@ -31,6 +31,14 @@ def test_own_text_is_seeded_cached_and_of_the_length_asked_for(tiny: Model) -> N
     assert len(one.ids) == 4 and all(2 <= len(ids) <= 24 for ids in one.ids)
     special = set(tiny.tokenizer.all_special_ids)
     assert not any(int(i) in special for ids in one.ids for i in ids)
+
+
+def test_text_of_few_tokens_is_told_with_the_neurons(tiny: Model, tmp_path: Path) -> None:
+    text, neurons = tmp_path / "text.txt", tiny.shape.layers[0].neurons
+    text.write_text("the wind went round the house and found no door " * 200, encoding="utf-8")
+    few, enough = (text_set(tiny, str(text), count=count, length=8) for count in (neurons // 8, neurons // 4))
+    assert f"{neurons} tokens, and a layer {neurons} neurons" in str(too_few(few, tiny.shape))
+    assert too_few(enough, tiny.shape) is None
 
 
 def test_own_text_goes_on_where_it_was_interrupted(

@@ -62,7 +62,7 @@ def test_every_command_has_help() -> None:
         (["fit", "--device", "rpi5", "--quant", "Q4_O"], "unknown quantisation 'Q4_O'; did you mean 'Q4_0'?"),
         (["fit", "--device", "rpi5", "--runtime", "lamacpp"], "did you mean 'llamacpp'?"),
         (["fit", "--device", "rpi5", "--runtime", "onnxruntime", "--quant", "Q4_0"], "no quantisation of --quant"),
-        (["fit", "--device", "rpi5", "--min-tps", "-3"], "min_tokens_per_s"),
+        (["fit", "--device", "rpi5", "--min-tps", "-3"], "--min-tps"),
         (["fit", "--device", "rpi5", "--max-time", "soon"], "--max-time"),
         (["fit", "--device", "rpi5", "--ratios", "0.1,many"], "--ratios"),
         (["fit", "--device", "rpi5", "--dry-run", "--ratios", "0.1"], "obs finds the shares itself"),
