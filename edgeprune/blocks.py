@@ -225,7 +225,8 @@ class LayeredModel:
             raise BadInput("layers differ already", where=checkpoint.folder, remedy="give the dense model")
         self.family = self.shape.family
         try:
-            self.config = AutoConfig.from_pretrained(checkpoint.folder, **checkpoint.rope_overrides)
+            local = {"trust_remote_code": False, "local_files_only": True}
+            self.config = AutoConfig.from_pretrained(checkpoint.folder, **local, **checkpoint.rope_overrides)
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(f"transformers cannot read the config ({error})", where=checkpoint.folder) from error
         self.config._attn_implementation = "eager" if self.shape.attention_soft_cap else "sdpa"

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from edgeprune.blocks import LayeredModel
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.models import load, resolve
@@ -75,6 +76,20 @@ def test_unknown_models(name: str, message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
         resolve(name)
     assert caught.value.remedy or "no such" in str(caught.value)
+
+
+def test_code_that_a_model_brings_is_never_run(make_llama: MakeLlama, tmp_path: Path) -> None:
+    folder, marker = make_llama(), tmp_path / "ran"
+    (folder / "theirs.py").write_text(f"open({str(marker)!r}, 'w').close()\nTheirs = None\n", encoding="utf-8")
+    classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    change_config(folder, auto_map=dict.fromkeys(classes, "theirs.Theirs"))
+    settings_file = folder / "tokenizer_config.json"
+    tokenizer = json.loads(settings_file.read_text()) | {"auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    settings_file.write_text(json.dumps(tokenizer))
+    model = load(folder)
+    assert model.tokenizer("the sea")["input_ids"]
+    LayeredModel(Checkpoint(folder))
+    assert not marker.exists()
 
 
 def test_unknown_family_names_the_supported(make_llama: MakeLlama) -> None:
