@@ -56,13 +56,17 @@ def layer_options(
     return found
 
 
-CostOf = Callable[[int, LayerShape], Sequence[float]]
+AttentionCost = Callable[
+    [int, int], Sequence[float] | Array
+]  # (heads, kv_heads) -> costs of a layer's attention, (costs,)
+MlpCost = Callable[[int], Sequence[float] | Array]  # neurons -> costs of a layer's MLP, (costs,)
 
 
 def allocate(
     table: DamageTable,
     shape: ModelShape,
-    cost_of: CostOf,
+    attention_cost: AttentionCost,
+    mlp_cost: MlpCost,
     limits: Sequence[float],
     options: Options | None = None,
     extra: Group | None = None,
@@ -71,8 +75,7 @@ def allocate(
 
     Args:
         shape: the dense model.
-        cost_of: (layer index, widths) -> costs of that layer, (costs,): the sum of a part for the heads
-            and a part for the MLP, as the costs of a half are taken with the other half absent.
+        attention_cost, mlp_cost: what the halves of a layer cost, whatever the other half is.
         limits: the most that all costs may add up to, (costs,).
         options: what the widths may be.
         extra: something else to choose along, such as the size of the vocabulary.
@@ -84,15 +87,9 @@ def allocate(
         NothingFits: no widths meet the limits.
     """
     groups, meaning = [], []
-    for index, (heads, head_damage, widths, width_damage) in enumerate(
-        layer_options(table, shape.layers, options or Options())
-    ):
-        groups.append(
-            Group(head_damage, np.array([cost_of(index, LayerShape(*pair, 0)) for pair in heads], dtype=np.float64))
-        )
-        groups.append(
-            Group(width_damage, np.array([cost_of(index, LayerShape(0, 0, n)) for n in widths], dtype=np.float64))
-        )
+    for heads, head_damage, widths, width_damage in layer_options(table, shape.layers, options or Options()):
+        groups.append(Group(head_damage, np.array([attention_cost(*pair) for pair in heads], dtype=np.float64)))
+        groups.append(Group(width_damage, np.array([mlp_cost(n) for n in widths], dtype=np.float64)))
         meaning.append((heads, widths))
     if extra is not None:
         groups.append(extra)
@@ -119,14 +116,20 @@ def allocate_parameters(
         NothingFits: heads, neurons and tokens together are fewer than that.
     """
 
-    def cost_of(_: int, layer: LayerShape) -> tuple[float]:
+    def cost_of(layer: LayerShape) -> tuple[float]:
         norms = shape.with_layers((layer,)).norm_parameters - shape.with_layers(()).norm_parameters
         return (shape.attention_parameters(layer) + shape.mlp_parameters(layer) + norms,)
+
+    def attention_cost(heads: int, kv_heads: int) -> tuple[float]:
+        return cost_of(LayerShape(heads, kv_heads, 0))
+
+    def mlp_cost(neurons: int) -> tuple[float]:
+        return cost_of(LayerShape(0, 0, neurons))
 
     sizes = [option.size for option in vocabulary] or [shape.vocab]
     damages = [option.damage for option in vocabulary] or [0.0]
     tables = [float(replace(shape, vocab=size).embedding_parameters) for size in sizes]
-    room = sum(cost_of(0, layer)[0] for layer in shape.layers) + shape.embedding_parameters - ratio * shape.parameters
+    room = sum(cost_of(layer)[0] for layer in shape.layers) + shape.embedding_parameters - ratio * shape.parameters
     extra = Group(np.array(damages), np.array(tables)[:, None])
-    layers, index = allocate(table, shape, cost_of, (room,), options, extra)
+    layers, index = allocate(table, shape, attention_cost, mlp_cost, (room,), options, extra)
     return layers, sizes[index]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from edgeprune.blocks import LayeredModel
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
-from edgeprune.files import atomic_file, read_json, result_folder, write_json
+from edgeprune.files import atomic_file, only_writer, read_json, result_folder, write_json
 from edgeprune.importance import text_hash
 from edgeprune.layerwise import Compensation, PrunedLayer, Streams, prune_layers, start_streams, widths_of
 from edgeprune.plan import LayerPlan, PrunePlan, keep_all
@@ -72,9 +72,23 @@ def prune_compensated(
         The plan, which is also in the folder.
 
     Raises:
-        BadInput: a checkpoint that does not fit, or a full disk.
+        BadInput: a checkpoint that does not fit, another run at work on the same `out`, or a full disk.
         StageFailed: second moments that cannot be solved with.
     """
+    with only_writer(out):
+        return _prune(source, ids, choices, how, out, origin, dtype, progress)
+
+
+def _prune(
+    source: Path,
+    ids: torch.Tensor,
+    choices: Choices,
+    how: Compensation,
+    out: Path,
+    origin: Origin,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
+) -> PrunePlan:
     model = LayeredModel(Checkpoint(source), dtype=dtype or fast_dtype())
     if len(choices) != len(model.shape.layers):
         raise BadInput(f"{len(choices)} widths for a model of {len(model.shape.layers)} layers")

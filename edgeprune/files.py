@@ -149,8 +149,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
+def only_writer(out: Path) -> Iterator[None]:
+    """As `only_one`, for a result that is a folder, or is not there yet: the lock lies in the cache."""
+    locks = cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()
+    with only_one(locks / hashlib.sha256(str(out).encode()).hexdigest()[:24], where=out):
+        yield
+
+
+@contextlib.contextmanager
+def only_one(path: Path, *, where: Path | None = None) -> Iterator[None]:
     """Hold the lock of the file `path`, so that two processes do not write into its folder at once.
+
+    Args:
+        path: the file, which is made.
+        where: what an error names; None: its folder.
 
     Where the system or the file system has no such locks, nothing is held.
 
@@ -167,7 +181,7 @@ def only_one(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BadInput(
-                "another run is at work there", where=path.parent, remedy="give this one its own --out"
+                "another run is at work there", where=where or path.parent, remedy="give this one its own --out"
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):

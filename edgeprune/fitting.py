@@ -161,7 +161,7 @@ def prepare(
         )
     dense = tuple(dense_candidates(shape, options.targets, profile, budget))
     lacking = not all(candidate.fits for candidate in dense)
-    made = (options.limit or LIMIT_OBS) if lacking else 0
+    made = (options.limit or LIMIT_OBS) if lacking and shape.uniform else 0
     proposal = Proposal(str(model), shape, profile, budget, dense, dense, plans_to_make=made)
     if options.method == OBS and proposal.n_feasible:
         return source, proposal

@@ -78,6 +78,7 @@ def layer_module(
     kind: Any = type(config)
     layer_class, attention = _stock_layer(kind)
     local = copy.deepcopy(config)
+    local.head_dim = shape_of(config).head_dim  # else it would follow from the heads of this layer
     for key, field in WIDTHS.items():
         # The class must be made with some width even where the part is thrown away just after.
         setattr(local, key, getattr(widths, field) or 1)
@@ -184,6 +185,7 @@ def _stock_layer(config_class: Any) -> tuple[Callable[[Any, int], nn.Module], st
 def _subclass(stock: Any) -> type[Any]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         shape = shape_of(config)
+        config.head_dim = shape.head_dim  # else it would follow from the one head
         kept = {key: getattr(config, key) for key in WIDTHS}
         # The stock layers are thrown away: made as narrow as can be, they cost nothing.
         for key in WIDTHS:

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import atomic_folder, read_json, write_json
 from edgeprune.models import Model
 from edgeprune.shape import ModelShape
@@ -66,6 +66,10 @@ class Scores:
     model_hash: str
     text_hash: str
     tokens: int
+
+    def __post_init__(self) -> None:
+        if not all(bool(each.isfinite().all()) for each in (*self.heads, *self.neurons)):
+            raise StageFailed("the scores are not finite", remedy="the model's weights are damaged, or need float32")
 
     def save(self, folder: Path) -> None:
         """Write `scores.safetensors` and `scores.json` into `folder`, which is replaced."""

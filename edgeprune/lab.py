@@ -64,6 +64,8 @@ def measure_cell(board: str, entry: dict[str, Any], path: str, options: Mapping[
         result = bench(Path(path), threads=there.threads, execute=there.execute, **rest)
     except EdgepruneError as error:
         return Cell(board, name, (), "failed", str(error)).to_json()
+    except Exception as error:  # a mistake of ours on one board must not lose what the others measured
+        return Cell(board, name, (), "failed", f"{type(error).__name__}: {error}").to_json()
     return Cell(board, name, result.records, result.status, result.reason).to_json()
 
 

@@ -223,17 +223,17 @@ def uniform_plan(
         BadInput: a ratio outside what heads and neurons together can reach, layers that differ, or an alignment
             wider than the layer.
     """
-    if not shape.uniform:
-        raise BadInput("a uniform plan needs a model whose layers are alike")
     if not 0.0 <= ratio < 1.0:
         raise BadInput(f"ratio {ratio} is not in [0, 1)")
+    if ratio == 0.0:  # which any model allows
+        return keep_all(shape, model_hash=model_hash, text_hash=text_hash)
+    if not shape.uniform:
+        raise BadInput("a uniform plan needs a model whose layers are alike")
     if scope not in scopes_of(shape):
         scope = "mlp"
     dense = shape.layers[0]
     if not 0 < align <= dense.neurons:
         raise BadInput(f"alignment {align} is not in 1…{dense.neurons}", remedy="choose a smaller --align")
-    if ratio == 0.0:
-        return keep_all(shape, model_hash=model_hash, text_hash=text_hash)
     count = len(shape.layers)
     to_remove = ratio * shape.parameters / count  # parameters, in each layer
     blocks = shape.parameters - shape.embedding_parameters - shape.norm_parameters

@@ -250,6 +250,8 @@ def prune(
         raise BadInput("obs finds the shares of heads and neurons itself", where="--scope", remedy="add --method amp")
     if not 0.0 <= ratio < 1.0:
         raise BadInput(f"ratio {ratio:g} is not in [0, 1)", where="--ratio", remedy="for example 0.2")
+    if align < 1:
+        raise BadInput(f"alignment {align} is not at least 1", where="--align", remedy="for example 32")
     paths = [Path(path).expanduser() for path in corpus]
     if paths:
         read_corpus(paths)  # that it is there

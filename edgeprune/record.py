@@ -84,8 +84,11 @@ class Trial:
         return cls(**value)
 
 
-def read_trials(path: Path) -> dict[str, Trial]:
+def read_trials(path: Path, *, others: bool = False) -> dict[str, Trial]:
     """The finished trials of a run by key, the last of each; lines torn off, of killed runs, are left out.
+
+    Args:
+        others: whether lines of other versions may be there, as in a cache; they are left out, too.
 
     Raises:
         BadInput: a line is no trial.
@@ -99,6 +102,8 @@ def read_trials(path: Path) -> dict[str, Trial]:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue  # what it was of is measured again
+        if others and isinstance(value, dict) and value.get("schema_version") != SCHEMA_VERSION:
+            continue
         try:
             trial = Trial.from_json(value)
             trials[trial.key] = trial

@@ -7,6 +7,7 @@ written back into the folder's own layout. State is kept beside the result, so a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed, missing_extra, unknown
-from edgeprune.files import atomic_folder, cache_dir, result_folder, write_json
+from edgeprune.files import atomic_folder, cache_dir, only_writer, result_folder, write_json
 from edgeprune.packing import Windows, evenly, hold_out, order, pack
 from edgeprune.passes import Passes
 from edgeprune.recipe import RECIPES, Method, Recipe, RecoveryResult, peak_rate
@@ -122,7 +123,8 @@ def recover(
         windows = windows.and_held_out(judged)
     run = _Run(student, teacher, out, windows, training, held, recipe, seed, seconds, accelerator, clock, cache, say)
     try:
-        return run.all(method, resume)
+        with only_writer(out) if accelerator.is_main_process else contextlib.nullcontext():
+            return run.all(method, resume)
     finally:
         run.passes.close()
         run.records.close()

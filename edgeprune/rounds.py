@@ -116,6 +116,12 @@ def by_damage(
         return proposal, trials
     if late() and _best(trials) < inf:
         return replace(proposal, plans_to_make=to_make), trials
+    if not shape.uniform:
+        if _best(trials) == inf:
+            raise nothing_fits(proposal, source, settings)
+        if progress:
+            progress("the model's layers differ already: it is not pruned again", 0, 0)
+        return proposal, trials
     paths = settings.corpus_paths
     tell_of_vocabulary(shape, paths, progress)
     table = cached_damage(source, model_hash, calibration, progress=progress)
@@ -219,7 +225,7 @@ def measure_all(
         late: whether the time is over: then no further candidate is measured, if one of these fits.
         before: what was measured earlier, which counts among these.
     """
-    known, shared = ({}, {}) if not settings.resume else (read_trials(log), read_trials(dense_trials()))
+    known, shared = ({}, {}) if not settings.resume else (read_trials(log), read_trials(dense_trials(), others=True))
     measured: list[Measured] = []
     for candidate in proposal.to_measure:
         key = trial_key(candidate, model_hash, workshop)

@@ -8,7 +8,8 @@ model, which is measured. The choice among those made is by measured quality.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +38,9 @@ HOPELESS = 1.5
 # What is expected to lose so much more than the best is not made: sums of damage and rounding were 12 to 16 % above
 # what was measured of four files of SmolLM2-135M, but their ratios were off by 1 % only.
 _MARGIN = 1.1
-_ROUNDS = 6  # the plan is checked whole; each round takes what it was over off the limit
+_ROUNDS = 10  # of the integer program
+_CLOSE = 5e-4  # of a limit: what fits and leaves no more than that is good enough
+_LEAST_STEP = 1e-3  # of the limits, where a plan within them does not fit; doubled each time
 
 
 def sizes(shape: ModelShape, target: Target, budget: Budget) -> Array:
@@ -63,8 +66,10 @@ def limits(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Bu
             target.format.types(shape, target.quantisation),
             budget.max_memory_mib,
         )
-    memory = min(profile.usable_memory_mib, budget.max_memory_mib or np.inf)
-    if profile.beside and target.runtime == "llamacpp":
+    on_cpu = profile.backend_for(target.runtime) == "cpu"
+    own = profile.beside if profile.beside and on_cpu else profile.memory
+    memory = min(own.usable_mib, budget.max_memory_mib or np.inf)
+    if profile.beside and target.runtime == "llamacpp" and not on_cpu:
         memory += profile.beside.usable_mib
     held = (memory - OVERHEAD_MIB[target.runtime].value) * MIB
     if budget.max_file_mib is not None:
@@ -97,12 +102,20 @@ def best_plan(
     def fits(after: ModelShape) -> bool:
         return not judge(cost_of(after, target, profile, budget), budget, profile)
 
+    def sizes_of(after: ModelShape) -> Array:
+        return sizes(after, target, budget)
+
+    def needs(after: ModelShape) -> Array:
+        found = sizes_of(after)
+        if budget.min_tokens_per_s is not None:
+            slower = budget.min_tokens_per_s / cost_of(after, target, profile, budget).decode_tps.value
+            found[0] = most[0] * slower
+        return found
+
     if uniform:
         layers, tokens = uniform_widths(table, shape, align, fits, vocabulary)
     else:
-        layers, tokens = per_layer_widths(
-            table, shape, lambda s: sizes(s, target, budget), most, align, fits, vocabulary
-        )
+        layers, tokens = per_layer_widths(table, shape, sizes_of, needs, most, align, fits, vocabulary)
     lost = next((option.damage for option in vocabulary if option.size == tokens), 0.0)
     plan = WidthPlan(
         layers, METHOD, 0.0, 0.0, table.damage(layers) + lost, vocabulary=tokens if tokens != shape.vocab else None
@@ -115,10 +128,71 @@ Sizes = Callable[[ModelShape], Array]
 Fits = Callable[[ModelShape], bool]
 
 
+@dataclass(frozen=True)
+class _Halves:
+    """What the halves of a layer add to `sizes`: the mean over all layers, since mixtures give some of them more bits.
+
+    A layer that has attention and no MLP may cost more than the attention, where the file's graph needs an MLP of zeros
+    there: that is what no neurons cost.
+    """
+
+    shape: ModelShape
+    sizes_of: Sizes
+    limited: NDArray[np.bool_]
+    align: int
+    known: dict[tuple[int, ...], Array] = field(default_factory=dict)
+
+    @cached_property
+    def whole(self) -> Array:
+        return self._of(self.shape)
+
+    @cached_property
+    def fixed(self) -> Array:
+        """What is there without any layer."""
+        dense = self.shape.layers[0]
+        return self.whole - self._count * (self.attention(dense.heads, dense.kv_heads) + self.mlp(dense.neurons))
+
+    @property
+    def _count(self) -> int:
+        return len(self.shape.layers)
+
+    def attention(self, heads: int, kv_heads: int) -> Array:
+        neurons = self.shape.layers[0].neurons
+        return (self._alike(heads, kv_heads, neurons) - self._alike(0, 0, neurons)) / self._count
+
+    def mlp(self, neurons: int) -> Array:
+        dense = self.shape.layers[0]
+        heads = (dense.heads, dense.kv_heads)
+        if neurons:
+            return (self._alike(*heads, neurons) - self._alike(*heads, 0)) / self._count
+        return self.mlp(self.align) + self._one(*heads, 0) - self._one(*heads, self.align)
+
+    def tokens(self, shapes: Sequence[ModelShape]) -> Array:
+        """What models with other vocabularies add, (models, sizes)."""
+        return np.array([self._of(each) - self.whole for each in shapes])
+
+    def total(self, layers: Sequence[LayerShape]) -> Array:
+        return self.fixed + sum(self.attention(each.heads, each.kv_heads) + self.mlp(each.neurons) for each in layers)
+
+    def _of(self, shape: ModelShape) -> Array:
+        return self.sizes_of(shape)[self.limited]
+
+    def _alike(self, *widths: int) -> Array:
+        if widths not in self.known:
+            self.known[widths] = self._of(self.shape.with_layers((LayerShape(*widths),) * self._count))
+        return self.known[widths]
+
+    def _one(self, *widths: int) -> Array:
+        layers = list(self.shape.layers)
+        layers[self._count // 2] = LayerShape(*widths)
+        return self._of(self.shape.with_layers(tuple(layers)))
+
+
 def per_layer_widths(
     table: DamageTable,
     shape: ModelShape,
     sizes_of: Sizes,
+    needs: Sizes,
     most: Array,
     align: int,
     fits: Fits,
@@ -126,42 +200,85 @@ def per_layer_widths(
 ) -> tuple[tuple[LayerShape, ...], int]:
     """Widths of each layer and the number of tokens, by mixed-integer programming.
 
-    Sizes of a layer's options are those of a layer in the middle: in mixtures of types a few layers get more bits, so
-    the whole is checked, and the limits tightened by what it is over. A smaller vocabulary costs what the dense model
-    would cost with it, less what it costs.
+    That sizes add up is nearly true. So the whole is checked, and the program asked again with as much more or less as
+    the plan before leaves or lacks; where that leads nowhere, since a model that a GPU has no room for is slower at a
+    stroke, by halving. The best of the plans that fit is taken.
+
+    Args:
+        sizes_of: what a model needs, roughly.
+        needs: the same as the device's figures have it, which `most` bounds.
+        fits: whether a model meets the budget.
     """
-    middle = len(shape.layers) // 2
-    absent = LayerShape(0, 0, 0)
-
-    def with_layer(layer: LayerShape) -> Array:
-        return sizes_of(shape.with_layers((*shape.layers[:middle], layer, *shape.layers[middle + 1 :])))
-
-    without = with_layer(absent)
-    known: dict[LayerShape, Array] = {}
-
-    def cost(_: int, layer: LayerShape) -> Sequence[float]:
-        if layer not in known:
-            known[layer] = with_layer(layer) - without
-        return [float(value) for value in known[layer][limited]]
-
     limited = np.isfinite(most)
-    whole = sizes_of(shape)
-    fixed = whole - len(shape.layers) * (whole - without)
-    room = (most - fixed)[limited]
+    halves = _Halves(shape, sizes_of, limited, align)
     shapes = [replace(shape, vocab=option.size) for option in vocabulary] or [shape]
-    tokens = Group(
-        np.array([option.damage for option in vocabulary] or [0.0]),
-        np.array([(sizes_of(each) - whole)[limited] for each in shapes]),
-    )
+    tokens = Group(np.array([option.damage for option in vocabulary] or [0.0]), halves.tokens(shapes))
     options = Options(align=align, heads=not shape.fixed_heads)
+    best: tuple[float, tuple[LayerShape, ...], int] | None = None
+    room, scale = most[limited] - halves.fixed, _Scale()
     for _ in range(_ROUNDS):
-        layers, index = allocate(table, shape, cost, room.tolist(), options, tokens)
+        try:
+            layers, index = allocate(
+                table,
+                shape,
+                halves.attention,
+                halves.mlp,
+                (room + (scale.value - 1) * most[limited]).tolist(),
+                options,
+                tokens,
+            )
+        except NothingFits:
+            break
         after = shapes[index].with_layers(layers)
-        if fits(after):
-            return layers, after.vocab
-        over = sizes_of(after)[limited] - most[limited]
-        room = room - np.maximum(over, 1e-3 * np.abs(room))
-    raise NothingFits("no choice of widths meets the budget", remedy="relax it, or take a smaller model")
+        fitting, needed = fits(after), needs(after)[limited]
+        damage = table.damage(layers) + float(tokens.damages[index])
+        if fitting and (best is None or damage < best[0]):
+            best = (damage, layers, after.vocab)
+        if not scale.tried:  # what adding up was wrong of the first plan it is of others like it
+            room = room - (needed - halves.total(layers) - tokens.costs[index])
+        if scale.settled(fitting, float((needed / most[limited]).max(initial=0.0))):
+            break
+    if best is None:
+        raise NothingFits("no choice of widths meets the budget", remedy="relax it, or take a smaller model")
+    return best[1:]
+
+
+@dataclass
+class _Scale:
+    """The share of the limits that the program is given, found by what its plans need of them."""
+
+    value: float = 1.0
+    tried: bool = False
+    fits: float | None = None  # the largest share whose plan fits
+    fails: float | None = None  # the smallest whose plan does not
+    step: float = _LEAST_STEP
+
+    def settled(self, fitting: bool, need: float) -> bool:
+        """Choose the next share, by whether the plan of this one fits and what part of the limits it needs.
+
+        Returns:
+            True if another plan would be no better.
+        """
+        if fitting and need >= 1 - _CLOSE:
+            return True
+        if not self.tried:
+            self.tried = True
+            return False
+        if fitting:
+            self.fits = self.value
+        else:
+            self.fails = self.value
+        value = self.value + 1 - need
+        if self.fails is None:
+            self.value = value
+            return False
+        if self.fits is None:
+            if value >= self.fails:
+                value, self.step = self.fails - self.step, 2 * self.step
+            self.value = value
+            return False
+        self.value = value if self.fits < value < self.fails else (self.fits + self.fails) / 2
+        return self.fails - self.fits < _CLOSE
 
 
 def uniform_widths(
