@@ -185,16 +185,19 @@ def _stock_layer(config_class: Any) -> tuple[Callable[[Any, int], nn.Module], st
 def _subclass(stock: Any) -> type[Any]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         shape = shape_of(config)
-        config.head_dim = shape.head_dim  # else it would follow from the one head
-        kept = {key: getattr(config, key) for key in WIDTHS}
+        before = dict(vars(config))
         # The stock layers are thrown away: made as narrow as can be, they cost nothing.
         for key in WIDTHS:
             setattr(config, key, 1)
+        config.head_dim = shape.head_dim  # else it would follow from the one head
         try:
             stock.__init__(self, config, *args, **kwargs)
         finally:
-            for key, value in kept.items():
-                setattr(config, key, value)
+            for key in (*WIDTHS, "head_dim"):
+                if key in before:
+                    setattr(config, key, before[key])
+                else:
+                    delattr(config, key)
         weight = self.get_input_embeddings().weight
         layers = self.get_submodule(shape.family.layers)
         for index, widths in enumerate(shape.layers):

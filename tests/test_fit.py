@@ -24,8 +24,9 @@ from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import only_one, read_json
 from edgeprune.fitting import FitOptions, FitResult, choose, fit, prepare
 from edgeprune.metrics import mean_interval
-from edgeprune.plan import PrunePlan, Scope, WidthPlan
+from edgeprune.plan import PrunePlan, Scope, WidthPlan, keep_all
 from edgeprune.proposal import propose
+from edgeprune.pruning import prune
 from edgeprune.quality import Quality
 from edgeprune.record import Trial, append_trial, read_trials
 from edgeprune.reference import MeasuredOn
@@ -104,6 +105,33 @@ def test_fit_by_measured_damage_gives_each_layer_its_own_widths(wide: Path, tmp_
     plan = PrunePlan.load(result.best / "prune_plan.json", Checkpoint(wide).shape)
     assert tuple(layer.widths for layer in plan.layers) == result.chosen.shape.layers
     assert "--method obs" in record["commands"]["again"]
+
+
+def test_a_model_whose_layers_differ_is_quantised_alone(wide: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES * 30), encoding="utf-8")
+    prune(wide, 0.2, tmp_path / "pruned", calibration=str(text))
+    size = {
+        name: candidate_of(keep_all(shape), shape, target_for(name), load_profile("rpi5"), Budget()).cost.file_mib
+        for shape in [Checkpoint(tmp_path / "pruned").shape]
+        for name in ("F16", "Q8_0")
+    }
+    budget, targets = Budget(max_file_mib=(size["F16"] + size["Q8_0"]) / 2, context=64), ["F16", "Q8_0"]
+    said: list[str] = []
+    result = run(
+        tmp_path / "pruned",
+        tmp_path / "run",
+        budget,
+        method="obs",
+        targets=targets,
+        progress=lambda stage, _done, _total: said.append(stage),
+    )
+    assert result.chosen.dense and str(result.chosen.target) == "Q8_0 on llamacpp"
+    assert "the model's layers differ already: it is not pruned again" in said
+    small = budget.model_copy(update={"max_file_mib": size["Q8_0"] / 2})
+    for method in ("obs", "amp"):
+        with pytest.raises(NothingFits, match="nearest is dense, Q8_0"):
+            run(tmp_path / "pruned", tmp_path / method, small, method=method, targets=targets)
 
 
 def test_another_budget_runs_nothing_of_the_dense_model_again(
@@ -424,6 +452,7 @@ def test_trials_survive_a_torn_line(tmp_path: Path) -> None:
         file.write('{"schema_version": 99}\n')
     with pytest.raises(BadInput, match="line 4"):
         read_trials(log)
+    assert list(read_trials(log, others=True)) == ["a", "c"]
 
 
 def test_pareto_front() -> None:

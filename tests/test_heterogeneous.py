@@ -316,7 +316,8 @@ def test_build_makes_the_model_without_weights(tiny_folder: Path, tmp_path: Path
     assert config.to_dict() == before
 
 
-def test_stock_classes_of_other_families(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", [16, None])  # None: as the hidden state's width and the heads give it
+def test_stock_classes_of_other_families(monkeypatch: pytest.MonkeyPatch, head_dim: int | None) -> None:
     for kind in (transformers.MistralConfig, transformers.Qwen2Config):
         name = kind.model_type
         if name not in FAMILIES:
@@ -328,13 +329,13 @@ def test_stock_classes_of_other_families(monkeypatch: pytest.MonkeyPatch) -> Non
             num_hidden_layers=3,
             num_attention_heads=8,
             num_key_value_heads=4,
-            head_dim=16,
+            **({} if head_dim is None else {"head_dim": head_dim}),
             per_layer_config={"1": {"skip": ["attention"]}, 2: {"intermediate_size": 40, "num_key_value_heads": 2}},
         )
         model: Any = build(config)
         assert type(model).__name__ == f"{kind.__name__.removesuffix('Config')}ForCausalLM"
         assert model.model.layers[2].mlp.up_proj.weight.shape == (40, 64)
-        assert model.model.layers[2].self_attn.k_proj.weight.shape == (32, 64)
+        assert model.model.layers[2].self_attn.k_proj.weight.shape == (2 * (head_dim or 8), 64)
         assert not list(model.model.layers[1].self_attn.parameters())
         ids = torch.arange(9)[None]
         with torch.no_grad():

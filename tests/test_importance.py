@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.importance import Scores, amp_scores, head_l1, neuron_l1, random_scores, reversed_scores
 from edgeprune.models import Model
 
@@ -102,6 +102,17 @@ def test_hooks_are_removed_after_an_exception(tiny: Model) -> None:
 def test_no_tokens_is_refused(tiny: Model) -> None:
     with pytest.raises(BadInput, match="no calibration tokens"):
         amp_scores(tiny, [torch.tensor([], dtype=torch.int64)])
+
+
+def test_weights_that_are_no_numbers_are_refused(tiny: Model) -> None:
+    weight = tiny.module.get_parameter("model.layers.1.mlp.down_proj.weight")
+    before = weight.detach().clone()
+    try:
+        weight.data[0, 0] = float("nan")
+        with pytest.raises(StageFailed, match="scores are not finite; the model's weights are damaged"):
+            amp_scores(tiny, texts())
+    finally:
+        weight.data.copy_(before)
 
 
 def test_controls(tiny: Model) -> None:

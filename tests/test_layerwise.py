@@ -117,6 +117,18 @@ def test_parts_may_be_absent(tmp_path: Path) -> None:
     load_model(tmp_path / "out")
 
 
+def test_two_runs_into_one_folder_do_not_mix(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "dense", "llama")
+
+    def another(_done: int, _total: int) -> None:
+        prune_compensated(folder, text(seed=9), narrowed(folder), Compensation(), tmp_path / "out", origin=ORIGIN)
+
+    with pytest.raises(BadInput, match=r"out: another run is at work there"):
+        prune_compensated(
+            folder, text(), narrowed(folder), Compensation(), tmp_path / "out", origin=ORIGIN, progress=another
+        )
+
+
 def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path / "dense", "llama")
     choices = narrowed(folder)

@@ -132,6 +132,7 @@ def test_demo_model_ratios(ratio: float, align: int) -> None:
 def test_ratio_zero_keeps_all() -> None:
     shape = shape_of(8, 4, 100)
     assert uniform_plan(shape, *scores_for(shape), 0.0, align=32).layers == keep_all(shape).layers
+    assert uniform_plan(shape, *scores_for(shape), 0.0, align=256).layers == keep_all(shape).layers
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 0.99])
