@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from edgeprune.shape import ModelShape
 from edgeprune.writing import Progress, continued, in_batches, start_words
 
 SCHEMA_VERSION = 4
+_MOST_WEIGHT = 1e30
 SELF_GENERATED = "self-generated"
 HELD_OUT_SEED = 1 << 20  # of text to judge on: far from any seed that calibration text is written with
 _PREFIX_TOKENS = 2  # random words the model continues: enough to vary the topic
@@ -76,7 +78,7 @@ def read_weighted(path: Path) -> Iterator[tuple[str, float]]:
         BadInput: as `read_texts`, or a weight that is no number above 0.
     """
     for number, (text, weight) in enumerate(_texts(path), start=1):
-        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        if not isinstance(weight, (int, float)) or not 0 < weight < _MOST_WEIGHT:
             raise BadInput(f"text {number} has weight {weight!r}", where=path, remedy="give a number above 0")
         yield text, float(weight)
 
@@ -123,12 +125,12 @@ def _records(path: Path) -> Iterator[Any]:
             raw = gzip.decompress(path.read_bytes()).decode("utf-8")
         else:
             raw = path.read_text(encoding="utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise BadInput(f"cannot read the text ({error})", where=path, remedy="give UTF-8 text or JSONL") from error
     if ".json" in path.suffixes:
         try:
             found = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"not JSON ({error})", where=path) from error
         if not isinstance(found, list):
             raise BadInput("expected a list of records with text", where=path)

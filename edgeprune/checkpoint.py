@@ -99,7 +99,7 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"tensor {name!r} has no dtype, shape and offsets", where=file, remedy=remedy) from error
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise BadInput(f"tensor {name!r} has dtype {dtype}", where=file, remedy=f"supported: {', '.join(_DTYPES)}")
         if (
             not whole
@@ -152,6 +152,12 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise BadInput("no such folder", where=folder)
+        if (folder / "adapter_config.json").is_file():
+            raise BadInput(
+                "an adapter lies beside the weights, and transformers would load the model that it names",
+                where=folder / "adapter_config.json",
+                remedy="merge it (peft's merge_and_unload) and save the whole model, or remove it",
+            )
         self.folder = folder
         config = read_json(folder / "config.json")
         # transformers 5 writes `rope_parameters`, which transformers 4 and other readers pass over in silence, and

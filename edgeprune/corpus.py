@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ def records(found: Corpus) -> Iterator[tuple[Path, Any]]:
             with _open(file) as stream:
                 for record in _records(file, stream) if ".jsonl" in file.suffixes else _blocks(stream):
                     yield file, record
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise BadInput(f"cannot read the text ({error})", where=file, remedy="give UTF-8 text or JSONL") from error
 
 

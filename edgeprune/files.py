@@ -211,9 +211,21 @@ def result_folder(path: Path, *marks: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically."""
+    """Write `text` to `path` atomically.
+
+    Raises:
+        BadInput: half of a character is in it: a lone surrogate, as JSON and GGUF may hold.
+    """
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"the model's files hold text that is no Unicode ({text[error.start : error.end]!r})",
+            where=path,
+            remedy="correct the name, template or token that has it",
+        ) from error
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:

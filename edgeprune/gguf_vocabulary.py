@@ -10,8 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from edgeprune.errors import BadInput, missing_extra
+from edgeprune.errors import BadInput
 from edgeprune.runtimes.gguf_file import Value, ValueType
+from edgeprune.runtimes.tokenizer_file import auto_tokenizer
 from edgeprune.tokenizer import (
     BYTE,
     CONTRACTIONS,
@@ -36,17 +37,10 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         BadInput: there is none, or only a slow one.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise missing_extra("transformers", "prune") from error
     remedy = "save the tokenizer beside the weights (tokenizer.json)"
     if not (folder / "tokenizer.json").is_file():
         raise BadInput("no tokenizer.json", where=folder, remedy=remedy)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever is in the file, it is not usable
-        raise BadInput(f"the tokenizer does not load ({error})", where=folder, remedy=remedy) from error
+    tokenizer = auto_tokenizer(folder)
     if not tokenizer.is_fast:
         raise BadInput("the tokenizer has no fast form", where=folder, remedy=remedy)
     return tokenizer
@@ -147,7 +141,7 @@ def gguf_vocabulary(folder: Path, n_vocab: int) -> dict[str, Value]:
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
-    if template:
+    if isinstance(template, str) and template:
         values["tokenizer.chat_template"] = Value(template, ValueType.STRING)
     return values
 

@@ -28,6 +28,10 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", 
 _HUB_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY.md"]
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# What a config says of code to run at load (transformers fetches attention kernels from the hub), and a tokenizer's of
+# files elsewhere: nothing that we write asks for that.
+CODE_KEYS = ("auto_map", "_attn_implementation", "_attn_implementation_internal")
+TOKENIZER_CODE_KEYS = ("auto_map", "tokenizer_file")
 NOTICES = ("NOTICE", "NOTICE.txt", "USE_POLICY.md")  # what a licence may ask to go along
 # Beside the weights and the config: what belongs to a model and is copied along when the model is changed.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", *LICENCES, *NOTICES, GGUF_TOKENIZER, "vocabulary_plan.json")
@@ -76,13 +80,20 @@ def resolve(name: str, *, say: Say | None = None) -> Path:
 def _from_hub(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
     except ImportError as error:
         raise missing_extra("huggingface_hub", "prune") from error
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["consolidated*"]))
     except RepositoryNotFoundError as error:
         raise BadInput(f"the hub has no model {name!r}, or it is private", remedy="check the name or log in") from error
+    except HFValidationError as error:
+        raise BadInput(f"{name!r} is no name of a model on the hub", remedy="give owner/name, or a folder") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BadInput(
             f"the hub could not give {name!r} ({type(error).__name__}), and it is not in the local cache",
@@ -132,13 +143,13 @@ def copy_companions(source: Path, target: Path) -> None:
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
     """Copy those of the files `names` that are in the folder `source`; their names.
 
-    What a tokenizer's config says of code to run at load (`auto_map`) is left out: nothing we write asks for that.
+    Of a tokenizer's config, what says of code to run and of files elsewhere is left out.
     """
     there = [name for name in names if (source / name).is_file()]
     for name in there:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if name == TOKENIZER_CONFIG and "auto_map" in (config := read_json(source / name)):
-            write_json(target / name, {key: value for key, value in config.items() if key != "auto_map"})
+        if name == TOKENIZER_CONFIG and not (config := read_json(source / name)).keys().isdisjoint(TOKENIZER_CODE_KEYS):
+            write_json(target / name, {k: v for k, v in config.items() if k not in TOKENIZER_CODE_KEYS})
         else:
             shutil.copyfile(source / name, target / name)
     return there

@@ -50,7 +50,7 @@ def problem(text: str, *, kind: str = "error") -> None:
 
 def print_json(value: Any) -> None:
     """Print `value` as JSON on standard output, for machines: nothing else goes there."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
 
 
 class Stages:

@@ -19,7 +19,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.families import Family
 from edgeprune.files import atomic_folder, write_json
-from edgeprune.models import copy_companions
+from edgeprune.models import CODE_KEYS, copy_companions
 from edgeprune.per_layer import KEY, absent_modules, config_widths
 from edgeprune.plan import LayerPlan, PrunePlan, check
 from edgeprune.shape import LayerShape, ModelShape
@@ -118,7 +118,7 @@ def pruned_config(config: dict[str, Any], shape: ModelShape, *, dtype: str | Non
     }
     if dtype:
         changed["torch_dtype"] = dtype
-    return {k: v for k, v in config.items() if k not in ("auto_map", "dtype", KEY)} | changed
+    return {k: v for k, v in config.items() if k not in (*CODE_KEYS, "dtype", KEY)} | changed
 
 
 def _save_shards(

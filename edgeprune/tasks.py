@@ -20,6 +20,7 @@ from edgeprune.reference import Progress, isolated, report
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.base import Runtime
 from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.tokenizer_file import auto_tokenizer
 from edgeprune.runtimes.tree import ForwardsTrees, trees
 from edgeprune.task_data import write_definitions
 
@@ -56,12 +57,7 @@ def special_tokens(path: Path) -> SpecialTokens:
     if path.is_file():
         gguf = GgufFile(path)
         return SpecialTokens(*(gguf.get(f"tokenizer.ggml.{role}_token_id", int) for role in ("bos", "eos")))
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"no tokenizer that transformers reads ({error})", where=path) from error
+    tokenizer = auto_tokenizer(path)
     return SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 

@@ -14,14 +14,16 @@ import numpy as np
 
 from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
 from edgeprune.corpus import corpus
-from edgeprune.errors import BadInput, missing_extra
+from edgeprune.errors import BadInput
 from edgeprune.files import read_json, write_json
 from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.tokenizer_file import open_tokenizer
 from edgeprune.shape import ModelShape
 from edgeprune.vocabulary import BpeVocabulary, keep_tokens, read_vocabulary, read_without, smallest
 from edgeprune.vocabulary_counts import count_tokens
 from edgeprune.vocabulary_tokenizer import gguf_fixed, special_ids_of
 
+_MOST_TOKENS = 1 << 24  # of a vocabulary: none is nearly as large
 PLAN_FILE = "vocabulary_plan.json"
 SCHEMA_VERSION = 1
 # Fast kernels compute rows of the head in groups: llama.cpp's repacked ones by four or eight, others by up to 32.
@@ -77,6 +79,8 @@ class VocabularyPlan:
             raise BadInput("not a vocabulary plan of this version", where=path, remedy=remedy)
         try:
             size = int(value["size_before"])
+            if size > _MOST_TOKENS:
+                raise ValueError(f"a vocabulary of {size} tokens")
             vectors = {name: tuple(float(x) for x in value[name].split()) for name in ("shift", "direction")}
             files = tuple(value["corpus_files"])
             plan = cls(**{**value, "kept": _ids(value["kept"], size), "corpus_files": files, **vectors})
@@ -150,24 +154,6 @@ def folder_vocabulary(folder: Path, rows: int) -> BpeVocabulary:
 def _read(where: Path, _changed: int, rows: int, fixed: frozenset[int]) -> BpeVocabulary:
     """Deriving every token of a large vocabulary takes seconds, and every size that is tried needs it twice."""
     return read_vocabulary(read_json(where), rows=rows, fixed=fixed, where=where)
-
-
-def open_tokenizer(folder: Path) -> Any:
-    """The `tokenizers.Tokenizer` of a folder's tokenizer.json.
-
-    Raises:
-        BadInput: the library does not load it.
-    """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise missing_extra("tokenizers", "prune") from error
-    try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises nothing more precise
-        raise BadInput(
-            f"the tokenizer does not load ({error})", where=folder / "tokenizer.json", remedy="save it again"
-        ) from error
 
 
 def row_parameters(shape: ModelShape) -> int:

@@ -21,13 +21,14 @@ from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_metadata
 from edgeprune.files import atomic_folder, read_json, result_folder, write_json, write_text
-from edgeprune.models import COMPANIONS
+from edgeprune.models import CODE_KEYS, COMPANIONS
 from edgeprune.runtimes.gguf_file import GgufFile
+from edgeprune.runtimes.tokenizer_file import open_tokenizer
 from edgeprune.surgery import PLAN_FILE as LAYERS_PLAN_FILE
 from edgeprune.tokenizer import tokenizer_from_gguf
 from edgeprune.tokenizer_proof import PROOF_TEXTS
 from edgeprune.vocabulary import closure
-from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, folder_vocabulary, open_tokenizer, tokenizer_hash
+from edgeprune.vocabulary_plan import PLAN_FILE, VocabularyPlan, folder_vocabulary, tokenizer_hash
 from edgeprune.vocabulary_tokenizer import (
     Renumbering,
     pruned_gguf,
@@ -108,7 +109,8 @@ def _save_weights(checkpoint: Checkpoint, plan: VocabularyPlan, folder: Path, pr
     index = checkpoint.folder / "model.safetensors.index.json"
     if index.is_file():
         listing = read_json(index)
-        write_json(folder / index.name, {**listing, "metadata": {**listing.get("metadata", {}), "total_size": total}})
+        metadata = {**(listing.get("metadata") or {}), "total_size": total}
+        write_json(folder / index.name, {**listing, "metadata": metadata})
 
 
 def _stored_bytes(source: Any, name: str) -> int:
@@ -178,7 +180,7 @@ def prune_vocabulary(
     with atomic_folder(result_folder(out, PLAN_FILE)) as temporary:
         _save_weights(checkpoint, plan, temporary, progress)
         config = pruned_ids(checkpoint.config, ids, where=folder / "config.json")
-        config.pop("auto_map", None)  # a reference to code, which is not copied
+        config = {key: value for key, value in config.items() if key not in CODE_KEYS}
         write_json(temporary / "config.json", config)
         _save_tokenizer(folder, ids, temporary)
         for name in (*COMPANIONS, LAYERS_PLAN_FILE):

@@ -128,7 +128,10 @@ def write_metadata(out: Path, architecture: str, values: Mapping[str, Value]) ->
 
 def _put(writer: gguf.GGUFWriter, values: Mapping[str, Value]) -> None:
     def raw(value: Any) -> Any:
-        return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+        try:
+            return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
+        except UnicodeEncodeError as error:
+            raise BadInput(f"text that is no Unicode ({value[error.start : error.end]!r})", where=key) from error
 
     for key, (value, kind, item) in values.items():
         plain = value.tolist() if isinstance(value, np.ndarray) else value

@@ -12,6 +12,7 @@ from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.per_layer import KEY
 from edgeprune.runtimes.base import Logits, Tokens
+from edgeprune.runtimes.tokenizer_file import auto_tokenizer
 from edgeprune.runtimes.tree import Tree
 
 try:
@@ -20,7 +21,7 @@ except ImportError as error:
     raise missing_extra("torch", "prune") from error
 try:
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 except ImportError as error:
     raise missing_extra("transformers", "prune") from error
 
@@ -208,21 +209,18 @@ def load_model(path: Path) -> Any:
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, below
     try:
+        config = AutoConfig.from_pretrained(path, **local, **checkpoint.rope_overrides)
+        # Given as an argument it would be looked at after the file's own, which may name code on the hub.
+        config._attn_implementation = "eager" if checkpoint.shape.attention_soft_cap else "sdpa"
         kind = AutoModelForCausalLM
         if checkpoint.config.get(KEY):
             from edgeprune.heterogeneous import model_class
 
-            kind = model_class(AutoConfig.from_pretrained(path, **local))
+            kind = model_class(config)
         model, info = kind.from_pretrained(
-            path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            attn_implementation="eager" if checkpoint.shape.attention_soft_cap else None,
-            **local,
-            **checkpoint.rope_overrides,
+            path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **local
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # a config has many fields, and each may be anything
         raise BadInput(f"transformers cannot load it ({_line(error)})", where=path, remedy=remedy) from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
@@ -235,13 +233,7 @@ def load_model(path: Path) -> Any:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a Hugging Face folder; raises `BadInput` if it has none or a broken one."""
-    remedy = "put tokenizer.json and tokenizer_config.json beside the weights"
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise BadInput("no tokenizer", where=path, remedy=remedy)
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"transformers cannot read the tokenizer ({_line(error)})", where=path, remedy=remedy) from error
+    return auto_tokenizer(path)
 
 
 def bos_of(tokenizer: Any) -> int | None:

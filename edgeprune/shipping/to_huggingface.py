@@ -8,7 +8,7 @@ from edgeprune.checkpoint import GGUF_TOKENIZER, WEIGHTS, Checkpoint
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.fetch import DEMO_MODELS
 from edgeprune.files import read_json, write_json, write_text
-from edgeprune.models import COMPANIONS, HUB_ID
+from edgeprune.models import CODE_KEYS, COMPANIONS, HUB_ID
 from edgeprune.per_layer import KEY
 from edgeprune.shipping.job import Entry, Job
 
@@ -18,7 +18,7 @@ CARD = "README.md"
 def write(job: Job) -> list[Entry]:
     """The checkpoint that the measured file was made of, and its model card."""
     source = job.checkpoint
-    config = {key: value for key, value in read_json(source / "config.json").items() if key != "auto_map"}
+    config = {key: value for key, value in read_json(source / "config.json").items() if key not in CODE_KEYS}
     write_json(job.out / "config.json", config)
     weights = [path.name for path in Checkpoint(source).files]
     job.copy(*weights, f"{WEIGHTS}.index.json", *COMPANIONS, source=source)

@@ -16,6 +16,7 @@ from edgeprune.checkpoint import TOKENIZER_FILES
 from edgeprune.export.onnx_bundle import with_plain_decoder
 from edgeprune.export.onnx_graph import LOGITS_KEPT, Layout, write_graph
 from edgeprune.files import read_json, write_json, write_text
+from edgeprune.models import CODE_KEYS, TOKENIZER_CODE_KEYS
 from edgeprune.per_layer import KEY
 from edgeprune.shipping.job import Entry, Job, generation_facts
 
@@ -78,7 +79,7 @@ def write(job: Job) -> list[Entry]:
 
 
 def _write_config(checkpoint: Path, out: Path, names: tuple[str, ...]) -> None:
-    config = {k: v for k, v in read_json(checkpoint / "config.json").items() if k not in ("auto_map", KEY)}
+    config = {k: v for k, v in read_json(checkpoint / "config.json").items() if k not in (*CODE_KEYS, KEY)}
     external = {GRAPHS[name].layout.model: 1 for name in names}
     config["transformers.js_config"] = {"dtype": names[0], "use_external_data_format": external}
     write_json(out / "config.json", config)
@@ -88,7 +89,8 @@ def _write_tokenizer(job: Job, checkpoint: Path) -> None:
     job.copy(*(n for n in TOKENIZER_FILES if n not in ("tokenizer.json", "tokenizer_config.json")), source=checkpoint)
     tokenizer = with_plain_decoder(read_json(checkpoint / "tokenizer.json"))
     write_text(job.out / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
-    settings = {k: v for k, v in read_json(checkpoint / "tokenizer_config.json").items() if k != "auto_map"}
+    told = read_json(checkpoint / "tokenizer_config.json")
+    settings = {key: value for key, value in told.items() if key not in TOKENIZER_CODE_KEYS}
     template = chat_template(checkpoint)
     write_json(job.out / "tokenizer_config.json", settings | ({"chat_template": template} if template else {}))
 
