@@ -114,7 +114,7 @@ def place(board: str | BoardEntry | None, threads: int | None = None) -> Place:
 
     Args:
         board: name or address; None: this machine.
-        threads: default: the board's own entry, else all its cores.
+        threads: default: the board's own entry, else all its cores of the fastest kind.
 
     Raises:
         BadInput: no such board.

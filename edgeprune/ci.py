@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgeprune.devices import read_toml
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import atomic_folder, read_json, result_folder, sha256, write_json
 from edgeprune.record import environment
 from edgeprune.runtimes.bench import GATE_S, cpu_info
@@ -33,7 +33,7 @@ BASELINE = "baseline.json"
 TOLERANCE = 0.02
 LONGER = 3  # times the rounds, at most, while an interval holds the edge of its tolerance
 
-State = Literal["ok", "regression", "improvement", "new"]
+State = Literal["ok", "undecided", "regression", "improvement", "new"]
 Progress = Callable[[str, int, int], None]
 
 
@@ -110,7 +110,9 @@ class Result:
             return "new"
         if self.comparison.high < 1 - self.tolerance:
             return "regression"
-        return "improvement" if self.comparison.low > 1 + self.tolerance else "ok"
+        if self.comparison.low > 1 + self.tolerance:
+            return "improvement"
+        return "undecided" if self.comparison.low < 1 - self.tolerance else "ok"
 
     @property
     def verdict(self) -> str:
@@ -131,13 +133,17 @@ class Report:
     files: dict[str, Path]
     measured_at: str
     baseline: dict[str, Path] = field(default_factory=dict)  # the baseline's files, by name
+    failures: dict[str, str] = field(default_factory=dict)  # why an entry could not be measured, by name
 
     @property
     def to_keep(self) -> dict[str, Path]:
-        """What later runs are to be raced against, by name: this run's file where it is new or in some test faster
-        than the baseline's, else the baseline's still."""
+        """What later runs are to be raced against, by name: this run's file where it is new, or in some test faster
+        than the baseline's and in none slower, else the baseline's still."""
         faster = {result.name for result in self.results if result.state == "improvement"}
-        return {name: file if name in faster else self.baseline.get(name, file) for name, file in self.files.items()}
+        faster -= {each.name for each in self.results if each.comparison is not None and each.comparison.high < 1}
+        measured = {name: file for name, file in self.files.items() if name not in self.failures}
+        kept = {name: file if name in faster else self.baseline.get(name, file) for name, file in measured.items()}
+        return kept | {name: self.baseline[name] for name in self.failures if name in self.baseline}
 
     @property
     def regressions(self) -> list[Result]:
@@ -152,6 +158,7 @@ class Report:
             "cpu_info": cpu_info(),
             "environment": environment(),
             "files": {name: {"file": self.files[name].name, "sha256": digest} for name, digest in self.hashes.items()},
+            "failures": self.failures,
             "results": [
                 {
                     "name": result.name,
@@ -190,7 +197,7 @@ def run_suite(
 
     Raises:
         BadInput: a file is missing, or the baseline is not what its record says.
-        StageFailed: a file did not run, or the machine was not fit to be measured.
+        StageFailed: no file ran, or the machine was not fit to measure any.
     """
     files = {entry.name: folder / entry.file for entry in suite.bench}
     for name, path in files.items():
@@ -198,6 +205,7 @@ def run_suite(
             raise BadInput(f"the file of {name!r} is missing", where=path)
     kept = baseline_files(baseline) if baseline else {}
     results: list[Result] = []
+    failures: dict[str, StageFailed] = {}
     for done, entry in enumerate(suite.bench):
         count = entry.threads or suite.threads or threads
         arms = [Arm(files[entry.name], count, dict(entry.settings), label=entry.name)]
@@ -207,22 +215,28 @@ def run_suite(
             )
             arms.insert(0, old)
         tolerance = entry.tolerance or suite.tolerance
-        speeds = race(
-            arms,
-            rounds=suite.rounds,
-            undecided=partial(undecided, tolerance=tolerance),
-            most=LONGER * suite.rounds,
-            n_prompt=entry.n_prompt,
-            n_gen=entry.n_gen,
-            gate_s=gate_s,
-            progress=progress and partial(_tell, progress, done * suite.rounds, len(suite.bench) * suite.rounds),
-        )
+        try:
+            speeds = race(
+                arms,
+                rounds=suite.rounds,
+                undecided=partial(undecided, tolerance=tolerance),
+                most=LONGER * suite.rounds,
+                n_prompt=entry.n_prompt,
+                n_gen=entry.n_gen,
+                gate_s=gate_s,
+                progress=progress and partial(_tell, progress, done * suite.rounds, len(suite.bench) * suite.rounds),
+            )
+        except StageFailed as error:  # what the others show is not lost by it
+            failures[entry.name] = error
+            continue
         for test, values in speeds[-1].items():
             comparison = judge(test, speeds[0][test], values) if len(arms) == 2 else None
             results.append(Result(entry.name, test, tuple(values), comparison, tolerance))
+    if len(failures) == len(suite.bench):
+        raise next(iter(failures.values()))
     hashes = {name: content_hash(path) for name, path in files.items()}
     at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return Report(suite, tuple(results), hashes, files, at, kept)
+    return Report(suite, tuple(results), hashes, files, at, kept, {name: str(e) for name, e in failures.items()})
 
 
 def undecided(speeds: list[Speeds], *, tolerance: float) -> bool:
@@ -257,6 +271,7 @@ def save_baseline(report: Report, out: Path) -> Path:
     """
     with atomic_folder(result_folder(out, BASELINE)) as folder:
         record = report.to_json()
+        record["files"] = {name: entry for name, entry in record["files"].items() if name in report.to_keep}
         for number, (name, path) in enumerate(report.to_keep.items()):
             kept = folder / f"{number}-{report.files[name].stem}{path.suffix}"  # by the suffix the runtime is known
             if path.is_dir():

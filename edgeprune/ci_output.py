@@ -39,10 +39,12 @@ def bencher(report: Report) -> str:
 
 
 def junit(report: Report) -> str:
-    """JUnit XML: a case a test; a regression is a failure, a test without baseline is skipped."""
-    cases = len(report.results)
+    """JUnit XML: a case a test; a regression is a failure, a test without baseline is skipped, an entry that could not
+    be measured is an error."""
+    cases = len(report.results) + len(report.failures)
     skipped = sum(result.state == "new" for result in report.results)
-    counts = {"tests": str(cases), "failures": str(len(report.regressions)), "skipped": str(skipped), "errors": "0"}
+    counts = {"tests": str(cases), "failures": str(len(report.regressions)), "skipped": str(skipped)}
+    counts["errors"] = str(len(report.failures))
     root = Xml.Element("testsuites", counts)
     suite = Xml.SubElement(root, "testsuite", {"name": "edgeprune ci", "timestamp": report.measured_at, **counts})
     for result in report.results:
@@ -52,13 +54,22 @@ def junit(report: Report) -> str:
         elif result.state == "new":
             Xml.SubElement(case, "skipped", {"message": result.verdict})
         Xml.SubElement(case, "system-out").text = f"{result.median[0]:.2f} tokens/s"
+    for name, reason in report.failures.items():
+        case = Xml.SubElement(suite, "testcase", {"classname": name, "name": "measurement", "time": "0"})
+        Xml.SubElement(case, "error", {"message": reason, "type": "not measured"})
     Xml.indent(root)
     return Xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def markdown(report: Report) -> str:
     """A table for a job's summary."""
-    marks = {"ok": "✓", "regression": "✗ regression", "improvement": "✓ faster", "new": "no baseline"}
+    marks = {
+        "ok": "✓",
+        "undecided": "? undecided",
+        "regression": "✗ regression",
+        "improvement": "✓ faster",
+        "new": "no baseline",
+    }
     lines = [
         "| benchmark | test | tokens/s [95 %] | of the baseline's [95 %] | tolerance | |",
         "| --- | --- | ---: | ---: | ---: | --- |",
@@ -67,12 +78,18 @@ def markdown(report: Report) -> str:
         value, low, high = result.median
         c = result.comparison
         ratio = "–" if c is None else f"{100 * c.ratio:.1f} % [{100 * c.low:.1f}, {100 * c.high:.1f}]"
-        name = result.name.replace("|", "\\|")
+        name = _cell(result.name)
         lines.append(
             f"| {name} | {result.test} | {value:.2f} [{low:.2f}, {high:.2f}] | {ratio} "
             f"| {100 * result.tolerance:g} % | {marks[result.state]} |"
         )
+    for name, reason in report.failures.items():
+        lines.append(f"| {_cell(name)} | | not measured: {_cell(reason)} | | | ✗ |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def record(report: Report) -> str:

@@ -10,6 +10,7 @@ import typer
 from edgeprune.cli_look import AsJson
 from edgeprune.cli_measure import Gate, Threads
 from edgeprune.cores import available_cores
+from edgeprune.errors import StageFailed
 from edgeprune.output import Stages, console, print_json, print_table
 
 REGRESSION = 1  # exit code
@@ -65,3 +66,5 @@ def ci(
         console.print(f"written to {out}", soft_wrap=True)
     if report.regressions:
         raise typer.Exit(REGRESSION)
+    if report.failures:
+        raise StageFailed("; ".join(report.failures.values()))

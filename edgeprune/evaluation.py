@@ -61,9 +61,10 @@ class Evaluation:
             items = self.tasks.get("n-samples", {}).get(task, {}).get("effective", "")
             for key, value in results.items():
                 metric, _, variant = key.partition(",")
-                if variant != "none" or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                if not variant or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                     continue
-                error = results.get(f"{metric}_stderr,none")
+                error = results.get(f"{metric}_stderr,{variant}")
+                metric = metric if variant == "none" else f"{metric}, {variant}"
                 rows.append(
                     [task, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "", str(items)]
                 )

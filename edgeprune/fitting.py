@@ -51,6 +51,7 @@ from edgeprune.rounds import (
     recovered,
 )
 from edgeprune.runtimes.bench import GATE_S
+from edgeprune.runtimes.ssh import LinkBroken
 from edgeprune.runtimes.tuning import Tuned, thread_counts, tune
 from edgeprune.samples import side_by_side
 from edgeprune.search import METHOD as OBS
@@ -374,18 +375,27 @@ def _keep_checkpoints(workshop: Workshop, pruned: Sequence[Candidate], progress:
         shutil.rmtree(workshop.checkpoints, ignore_errors=True)
 
 
-def _tuned(path: Path, candidate: Candidate, there: Place, settings: FitOptions, progress: Progress | None) -> Tuned:
-    """How what ships runs fastest where it was measured."""
+def _tuned(
+    path: Path, candidate: Candidate, there: Place, settings: FitOptions, progress: Progress | None
+) -> Tuned | None:
+    """How what ships runs fastest where it was measured; None where that could not be measured."""
     usual = there.threads
-    return tune(
-        path,
-        threads=thread_counts(usual),
-        runtime=candidate.target.runtime,
-        given=candidate.settings,
-        gate_s=settings.gate_s,
-        execute=there.execute,
-        progress=progress and (lambda stage, done, total: progress(f"tuning {stage}", done, total)),
-    )
+    try:
+        return tune(
+            path,
+            threads=thread_counts(usual),
+            runtime=candidate.target.runtime,
+            given=candidate.settings,
+            gate_s=settings.gate_s,
+            execute=there.execute,
+            progress=progress and (lambda stage, done, total: progress(f"tuning {stage}", done, total)),
+        )
+    except LinkBroken:
+        raise
+    except StageFailed as error:  # the choice is made, and hours of work are in it
+        if progress:
+            progress(f"it ships as it was measured: tuning failed ({error.what})", 0, 0)
+        return None
 
 
 def _plain(model: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import BadInput, missing_extra
+from edgeprune.errors import BadInput, StageFailed, missing_extra
 from edgeprune.metrics import log_softmax
 from edgeprune.reference import Progress, isolated, report
 from edgeprune.runtimes import open_runtime
@@ -151,7 +151,7 @@ class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         for i in sorted(long, key=inputs.__getitem__):
             rows, continuation = self._predict(inputs[i], len(continuations[i])), continuations[i]
             likely = rows[np.arange(len(continuation)), continuation].sum(dtype=np.float64)
-            yield i, (float(likely), bool((rows.argmax(axis=-1) == continuation).all()))
+            yield i, (_number(float(likely)), bool((rows.argmax(axis=-1) == continuation).all()))
 
     def _input(self, context: list[int], continuation: list[int]) -> list[int]:
         if not continuation:
@@ -193,7 +193,7 @@ class EdgepruneLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         totals = []
         for (text,) in (request.args for request in requests):
             pairs = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self.tok_encode(text, add_special_tokens=False),  # the window brings BOS
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -256,8 +256,14 @@ def likelihoods(
     answers = []
     for where, tokens in zip(rows, continuations, strict=True):
         likely = logits[where, tokens].astype(np.float64) - totals[where]
-        answers.append((float(likely.sum()), bool((greedy[where] == tokens).all())))
+        answers.append((_number(float(likely.sum())), bool((greedy[where] == tokens).all())))
     return answers
+
+
+def _number(likely: float) -> float:
+    if math.isnan(likely):  # the first choice of every question would be taken, which looks like chance
+        raise StageFailed("the file's logits are not finite", remedy="its weights are damaged, or need another type")
+    return likely
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

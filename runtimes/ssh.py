@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from edgeprune.errors import BadInput, NothingFits, StageFailed
 from edgeprune.files import sha256
 from edgeprune.runtimes.isolate import Outcome
+from edgeprune.runtimes.onnx_file import summary
 
 FOLDER = ".cache/edgeprune-board"  # below the home there
 CACHE_BYTES = 16 << 30  # of model files kept there
@@ -37,6 +38,7 @@ COMMAND_S = 120.0  # for a command that only looks
 PACKAGES = ("edgeprune", "edgeprune.export", "edgeprune.runtimes", "edgeprune.profiles")
 _BROKEN = 255  # ssh's own exit code: the link, not the command
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_COMPANIONS = ("config.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json")  # of an ONNX graph
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,253}[A-Za-z0-9])?|[0-9A-Fa-f:]{2,45}")
 _ERRORS = {kind.__name__: kind for kind in (BadInput, NothingFits, StageFailed)}
 # What the board does to unpack the code: python's own words, since the agent is not there yet.
@@ -218,18 +220,28 @@ class Link:
         return ["env", path, *run, command, *arguments]
 
     def _answer(self, text: str) -> dict[str, Any]:
-        try:
-            answer = json.loads(text.splitlines()[-1])
-        except (IndexError, ValueError) as error:
-            raise StageFailed(f"the agent's answer is none: {text[-200:]!r}", where=self.board) from error
+        lines = text.splitlines()
+        answer = self._parsed(lines[-1] if lines else "")
         if "error" in answer:
             raise self._error(answer["error"])
-        return dict(answer)
+        return answer
 
-    def _error(self, told: dict[str, Any]) -> Exception:
-        kind = _ERRORS.get(told["kind"], StageFailed)
-        where = self.board if told["where"] is None else f"{self.board}: {told['where']}"
-        return kind(told["what"], where=where, remedy=told["remedy"])
+    def _parsed(self, line: str | bytes) -> dict[str, Any]:
+        """A line of the agent's; whatever else a board says is one clear line, too."""
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise StageFailed(f"the agent's answer is none: {line[-200:]!r}", where=self.board) from error
+        if not isinstance(found, dict):
+            raise StageFailed(f"the agent's answer is none: {line[-200:]!r}", where=self.board)
+        return found
+
+    def _error(self, told: Any) -> Exception:
+        told = told if isinstance(told, dict) else {"what": told}
+        kind = _ERRORS.get(str(told.get("kind")), StageFailed)
+        where = self.board if told.get("where") is None else f"{self.board}: {told['where']}"
+        remedy = told.get("remedy")
+        return kind(str(told.get("what"))[:2000], where=where, remedy=None if remedy is None else str(remedy)[:2000])
 
     def prepare(self) -> None:
         """Send the code, once."""
@@ -242,10 +254,8 @@ class Link:
 
     def send(self, path: Path, progress: Progress | None = None) -> str:
         """Bring a file or folder there; its path there. What is there is not sent again, what is half there goes on."""
-        if path.suffix == ".onnx" and path.is_file():
-            # Its weights lie beside it.
-            return f"{self.send(path.parent, progress)}/{path.name}"
-        files = {path.name: path} if path.is_file() else _files(path)
+        graph = path.suffix == ".onnx" and path.is_file()
+        files = _beside(path) if graph else {path.name: path} if path.is_file() else _files(path)
         manifest = {name: self._hash(file) for name, file in files.items()}
         there = self.agent("have", *manifest.values())
         absent = [name for name, digest in manifest.items() if not there[digest]["complete"]]
@@ -266,9 +276,12 @@ class Link:
 
     def _send_file(self, file: Path, digest: str, progress: Progress | None) -> None:
         size = file.stat().st_size
+        arrived = 0
 
         def once() -> None:
+            nonlocal arrived
             there = self.agent("have", digest)[digest]
+            arrived = there["bytes"]
             if progress:
                 progress({"stage": f"sending {file.name}", "done": there["bytes"] >> 20, "total": size >> 20})
             if there["complete"]:
@@ -280,7 +293,7 @@ class Link:
             if not answer["complete"]:
                 raise LinkBroken("the link broke while a file was sent", where=self.board)
 
-        retried(once)
+        retried(once, told=lambda: arrived)
 
     def run(
         self,
@@ -314,7 +327,10 @@ class Link:
         self.agent("forget", name)
         if "error" in end:
             raise self._error(end["error"])
-        return Outcome(**end["outcome"])
+        try:
+            return Outcome(**end["outcome"])
+        except (KeyError, TypeError) as error:
+            raise StageFailed(f"the agent told no outcome ({error})", where=self.board) from error
 
     def _follow(self, name: str, progress: Progress | None) -> dict[str, Any]:
         seen = 0
@@ -341,7 +357,7 @@ class Link:
                 for line in process.stdout:
                     # One without an end was cut by the link; others are of the board's shell, which greets.
                     if line.endswith(b"\n") and line.startswith(b"{"):
-                        yield json.loads(line)
+                        yield self._parsed(line)
                 if code := process.wait():
                     errors.seek(0)
                     raise failure(self.board, code, errors.read().decode("utf-8", "replace"), remote[0])
@@ -372,7 +388,22 @@ def retried(attempt: Callable[[], T], told: Callable[[], int] = lambda: 0) -> T:
 def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise BadInput("no such file or folder", where=folder)
-    return {str(file.relative_to(folder).as_posix()): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    # Of links only those of the hub's cache lead elsewhere; what others point to is no part of a model.
+    inside = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in inside):
+                raise BadInput("a link that leaves the folder is not sent", where=file, remedy="copy the file there")
+            found[file.relative_to(folder).as_posix()] = file
+    return found
+
+
+def _beside(graph: Path) -> dict[str, Path]:
+    """An ONNX graph, its weights, and its tokenizer: not what else lies in its folder."""
+    weights = {tensor.location for tensor in summary(graph).initializers if tensor.location is not None}
+    names = [graph.name, *sorted(weights), *(name for name in _COMPANIONS if (graph.parent / name).is_file())]
+    return {name: graph.parent / name for name in names}
 
 
 def _stdin(send: bytes | Path, offset: int) -> Any:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.runtimes import runtime_class, runtime_for
 from edgeprune.runtimes.bench import GATE_S
 from edgeprune.runtimes.isolate import Execute, run_isolated
 from edgeprune.runtimes.racing import LEVEL, ROUNDS, Arm, Comparison, judge, race, signed_rank_interval
 from edgeprune.runtimes.settings import Setting, Value
+from edgeprune.runtimes.ssh import LinkBroken
 
 N_PROMPT, N_GEN = 256, 64  # tokens of the turn whose time is made short
 
@@ -108,8 +109,10 @@ def tune(
     fixed = dict(given or {})
     best = Arm(path, threads[0], runtime=name, settings=fixed)
     tried: list[Tried] = []
+    wanted = {name: known for name, known in table.items() if name not in fixed and (known.lossless or name in lossy)}
     # That an interval of the widest race's level can be had of so few rounds, before anything is measured.
-    signed_rank_interval([0.0] * rounds, 1 - (1 - LEVEL) / max(1, len(threads) - 1))
+    widest = max(len(threads), *(len(known.values) for known in wanted.values())) - 1
+    signed_rank_interval([0.0] * rounds, 1 - (1 - LEVEL) / max(1, widest))
 
     def contest(stage: str, rivals: list[Arm]) -> None:
         nonlocal best
@@ -137,15 +140,17 @@ def tune(
             best = rivals[winner]
 
     contest("threads", [replace(best, threads=count) for count in threads[1:]])
-    refused: BadInput | None = None
-    for setting, known in table.items():
-        if setting not in fixed and (known.lossless or setting in lossy):
-            others = [replace(best, settings={**best.settings, setting: value}) for value in known.values[1:]]
-            try:
-                contest(setting, others)
-            except BadInput as error:
-                # The table is of the build here: a GPU that the build knows may not be there, least of all on a board.
-                refused = error
+    refused: BadInput | StageFailed | None = None
+    for setting, known in wanted.items():
+        others = [replace(best, settings={**best.settings, setting: value}) for value in known.values[1:]]
+        try:
+            contest(setting, others)
+        except LinkBroken:
+            raise
+        except (BadInput, StageFailed) as error:
+            # The table is of the build here: a GPU that the build knows may not be there, least of all on a board; and
+            # what needs more memory may find none. The setting stays as it is.
+            refused = error
     if refused and not tried:
         raise refused
     return Tuned(best, tuple(tried))

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import psutil
 import pytest
 from conftest import save_llama
@@ -31,7 +32,7 @@ from edgeprune.fitting import fit
 from edgeprune.lab import run_matrix, to_markdown
 from edgeprune.quality import Quality, evaluate
 from edgeprune.reference import make_reference
-from edgeprune.runtimes import ssh
+from edgeprune.runtimes import agent, ssh
 from edgeprune.runtimes.bench import bench
 from edgeprune.runtimes.board_setup import requirements, setup
 from edgeprune.runtimes.racing import Arm
@@ -347,7 +348,9 @@ def test_commands_on_a_board(
 ) -> None:
     call("boards", "check", named, "--json")
     told = json.loads(capsys.readouterr().out)
-    assert told["cores"] == os.cpu_count() and "numpy" in told["packages"] and told["state"]["total_mib"] > 0
+    assert (
+        1 <= told["cores"] <= (os.cpu_count() or 1) and "numpy" in told["packages"] and told["state"]["total_mib"] > 0
+    )
     call("bench", model, "-p", 0, "-n", 4, "-r", 1, "--least", "0.01s", "--no-gate", "--board", named, "-o", "json")
     (record,) = json.loads(capsys.readouterr().out)
     assert record["n_threads"] == 1 and record["avg_ts"] > 0
@@ -531,19 +534,56 @@ def test_a_shell_that_greets(board: Board, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_graph_is_sent_with_its_weights(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "onnx"
     folder.mkdir()
-    for name in ("model.onnx", "model.onnx.data", "genai_config.json"):
+    for name in ("tokenizer.json", "genai_config.json", "letters.txt"):
         (folder / name).write_text(name)
+    graph = onnx.helper.make_graph([], "g", [], [], [onnx.helper.make_tensor("w", 1, [4], bytes(16), raw=True)])
+    onnx.save_model(
+        onnx.helper.make_model(graph),
+        folder / "model.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
     sent: list[str] = []
 
-    def agent(self: Link, *command: str, send: bytes = b"") -> dict[str, Any]:
+    def answer(self: Link, *command: str, send: bytes = b"") -> dict[str, Any]:
         if command[0] == "tree":
             sent.extend(json.loads(send))
             return {"path": "/there/tree"}
         return {digest: {"complete": True} for digest in command[1:]}
 
-    monkeypatch.setattr(Link, "agent", agent)
+    monkeypatch.setattr(Link, "agent", answer)
     assert Link(board).send(folder / "model.onnx") == "/there/tree/model.onnx"
-    assert sorted(sent) == ["genai_config.json", "model.onnx", "model.onnx.data"]
+    assert sorted(sent) == ["genai_config.json", "model.onnx", "tokenizer.json", "weights.bin"]  # and nobody's letters
+    (folder / "secret").symlink_to(tmp_path)
+    (tmp_path / "key").write_text("key")
+    (folder / "key").symlink_to(tmp_path / "key")
+    with pytest.raises(BadInput, match="a link that leaves the folder is not sent"):
+        Link(board).send(folder)
+
+
+@pytest.mark.parametrize(
+    "line", ["{bad", "5", '{"error": {}}', '{"error": 7}', "[" * 100_000, '{"outcome": {"status": "ok"}}', "{}"]
+)
+def test_whatever_a_board_says_is_one_line(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.setattr(Link, "prepare", lambda self: None)
+    monkeypatch.setattr(Board, "command", lambda self, remote: [sys.executable, "-c", f"print({line!r})"])
+    with pytest.raises(StageFailed):
+        Link(Board.of("ssh://pi@board")).run("edgeprune.quality:evaluate_in_process", {}, timeout_s=1)
+
+
+def test_an_upload_asked_for_while_the_last_one_writes_is_no_error(tmp_path: Path) -> None:
+    store = agent.Store(tmp_path)
+    store.part("a" * 64).write_bytes(b"123")
+    assert agent.receive(store, "a" * 64, "9", "2") == {"bytes": 3, "complete": False}
+
+
+def test_cores_of_the_fastest_kind_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["0xd05"] * 4 + ["0xd0b"] * 4  # an RK3588: 4 Cortex-A55, 4 Cortex-A76
+    text = "\n".join(f"processor : {i}\nCPU part : {part}\n" for i, part in enumerate(parts))
+    monkeypatch.setattr(agent.Path, "read_text", lambda self, **_: text)
+    monkeypatch.setattr(agent.os, "sched_getaffinity", lambda _: set(range(8)))
+    assert agent._fast_cores() == 4
 
 
 def test_the_board_gets_the_versions_of_this_machine() -> None:

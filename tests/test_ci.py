@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import sys
 import xml.etree.ElementTree as Xml
@@ -16,7 +18,7 @@ from edgeprune import ci as ci_module
 from edgeprune.ci import baseline_files, read_suite, run_suite, save_baseline
 from edgeprune.ci_output import FORMS, write_all
 from edgeprune.cli import app
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_gguf
 from edgeprune.runtimes.bench import bench
 
@@ -145,6 +147,55 @@ def test_it_goes_on_while_the_interval_holds_the_edge() -> None:
     ):
         assert ci_module.undecided([{"tg8": a}, {"tg8": b}], tolerance=0.02) is wanted
     assert ci_module.undecided([{"tg8": a}], tolerance=0.02) is False
+
+
+def test_what_is_faster_in_one_test_and_slower_in_another_does_not_become_the_measure(
+    folder: Path, speed: Any, tmp_path: Path
+) -> None:
+    speed(lambda path, test: 100.0)
+    base = save_baseline(run(folder), tmp_path / "base")
+    factors = {"pp16": 1.5, "tg8": 0.99}
+    speed(lambda path, test: 100.0 * (1.0 if path.parent == base else factors[test]))
+    (folder / "b.gguf").write_bytes(b"traded")
+    report = run(folder, baseline=base)
+    assert [result.state for result in report.results] == ["ok", "improvement", "ok"]
+    save_baseline(report, base)
+    assert baseline_files(base)["second"].read_bytes() == b"b"
+
+
+def test_what_could_not_be_measured_does_not_lose_the_rest(
+    folder: Path, speed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed(lambda path, test: 100.0)
+    base = save_baseline(run(folder), tmp_path / "base")
+
+    def measured(path: Path, test: str, ratio: float) -> float:
+        if path.name.endswith("b.gguf"):
+            raise StageFailed("the machine is not quiet")
+        return 100.0 if path.parent == base else 100.0 * ratio
+
+    common = ["ci", "--suite", folder / "suite.toml", "--out", tmp_path / "out", "--baseline", base]
+    for ratio, ends in ((1.0, StageFailed), (0.5, SystemExit)):
+        speed(functools.partial(measured, ratio=ratio))
+        with pytest.raises(ends) as caught:
+            app([str(argument) for argument in common])
+        assert ends is StageFailed or caught.value.code == 1  # type: ignore[union-attr]
+        root = Xml.fromstring((tmp_path / "out" / "junit.xml").read_text())
+        assert (root.get("tests"), root.get("errors")) == ("2", "1")
+        assert "not measured: " in (tmp_path / "out" / "summary.md").read_text()
+        record = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert "not quiet" in record["failures"]["second"]
+    report = run(folder, baseline=base)
+    save_baseline(report, base)
+    assert baseline_files(base)["second"].read_bytes() == b"b"
+
+
+def test_an_interval_around_the_edge_is_no_pass(folder: Path, speed: Any, tmp_path: Path) -> None:
+    speed(lambda path, test: 100.0)
+    base = save_baseline(run(folder), tmp_path / "base")
+    turn = itertools.count()
+    speed(lambda path, test: 100.0 if path.parent == base else 98.0 + 3 * (-1) ** (next(turn) // 3))
+    assert "undecided" in {result.state for result in run(folder, baseline=base).results}
 
 
 def test_every_form_can_be_read(folder: Path, speed: Any, tmp_path: Path) -> None:

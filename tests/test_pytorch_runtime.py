@@ -220,5 +220,5 @@ def test_no_tokenizer_is_an_error_only_when_text_is_asked_for(tmp_path: Path) ->
     with pytest.raises(BadInput, match="no tokenizer"):
         runtime.encode("a")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BadInput, match="cannot read the tokenizer"):
+    with pytest.raises(BadInput, match="the tokenizer does not load"):
         runtime.encode("a")

@@ -194,6 +194,22 @@ def test_tuning_takes_what_is_faster_and_leaves_noise(monkeypatch: pytest.Monkey
     assert found.to_json()["threads"] == 2 and len(found.to_json()["tried"]) == len(found.tried)
 
 
+def test_a_setting_that_ends_the_runtime_is_left_out(monkeypatch: pytest.MonkeyPatch, tiny_gguf: Path) -> None:
+    def speed(options: dict[str, Any], test: str) -> float:
+        if options["settings"].get("flash_attn") is False:
+            raise StageFailed("oom: the process ran out of memory")
+        return 120.0 if options["settings"].get("n_ubatch") else 100.0
+
+    fake_bench(monkeypatch, speed)
+    found = tune(tiny_gguf, threads=[2])
+    assert "n_ubatch" in found.best.settings and "flash_attn" not in found.best.settings
+
+
+def test_too_few_rounds_for_the_widest_race_are_refused(tiny_gguf: Path) -> None:
+    with pytest.raises(BadInput, match="rounds"):
+        tune(tiny_gguf, threads=[2], rounds=6)
+
+
 def test_a_setting_that_cannot_be_had_there_is_left_out(monkeypatch: pytest.MonkeyPatch, tiny_gguf: Path) -> None:
     """As on a board without the GPU that llama.cpp here was built for."""
     refused: list[object] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import lm_eval.tasks
+import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
@@ -17,10 +18,11 @@ from lm_eval.models.huggingface import HFLM
 from tiny_text import TEXT, tiny_model, tiny_tokenizer
 
 from edgeprune import task_data
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
+from edgeprune.evaluation import Evaluation
 from edgeprune.runtimes.pytorch import PyTorch
 from edgeprune.task_data import SOURCES, LocalTask, locate, read_records
-from edgeprune.tasks import EdgepruneLM, SpecialTokens, load_tasks, run_tasks, special_tokens
+from edgeprune.tasks import EdgepruneLM, SpecialTokens, likelihoods, load_tasks, run_tasks, special_tokens
 
 N_CTX = 96
 
@@ -199,6 +201,29 @@ def test_rolling_loglikelihoods_are_lm_evals(lm, stock):
     texts = [("short text",), (TEXT[:900],)]
     ours, theirs = (m.loglikelihood_rolling(requests("loglikelihood_rolling", texts)) for m in (lm, stock))
     assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+def test_a_rolling_text_has_one_bos(lm, special, monkeypatch):
+    plain = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("short text",)]))
+    monkeypatch.setattr(Counting, "bos", special.bos)
+    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("short text",)])) == pytest.approx(plain)
+
+
+def test_logits_that_are_no_numbers_are_no_answers(lm, monkeypatch):
+    for name in ("forward", "forward_tree"):
+        known = getattr(lm.runtime, name)
+        monkeypatch.setattr(lm.runtime, name, lambda *a, known=known, **k: known(*a, **k) * np.float32("nan"))
+    with pytest.raises(StageFailed, match="logits are not finite"):
+        lm.loglikelihood(requests("loglikelihood", [("The wind", " went")]))
+    logits, chosen = np.full((1, 4), np.nan, np.float32), [np.array([0])]
+    with pytest.raises(StageFailed, match="logits are not finite"):
+        likelihoods(logits, chosen, [[1]])
+
+
+def test_every_filter_of_a_task_is_shown():
+    results = {"gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.05, "alias": "gsm8k"}}
+    found = Evaluation(None, {"results": results, "n-samples": {"gsm8k": {"effective": 40}}})
+    assert found.task_rows == [["gsm8k", "exact_match, strict-match", "0.2500", "0.0500", "40"]]
 
 
 def test_greedy_generation_is_lm_evals(lm, stock):
