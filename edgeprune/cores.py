@@ -6,21 +6,57 @@ import os
 import re
 from pathlib import Path
 
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def group_limits(name: str, *, own: Path = Path("/proc/self/cgroup"), root: Path = _GROUPS) -> list[str]:
+    """What the file `name` says in this process's control group (v2) and in each above it; where it is not, nothing."""
+    try:
+        found = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    group = Path(found[1] if found else "")
+    texts = []
+    for folder in (group, *group.parents):
+        try:
+            texts.append((root / folder / name).read_text())
+        except OSError:  # not told there, as in the outermost one
+            continue
+    return texts
+
 
 def quota_cores(cpu_max: str) -> int | None:
-    """Whole processors that a control group's `cpu.max` ("quota period", microseconds) allows; None without limit."""
-    found = re.fullmatch(r"(\d{1,12}) (\d{1,12})\s*", cpu_max)
-    if found is None or not int(found[1]) or not int(found[2]):
+    """Whole processors that a control group's `cpu.max` ("quota period", microseconds) allows; None without limit.
+
+    Of one and a half it is one: the second would be stopped for half of the time, and the first would wait for it.
+    """
+    found = re.fullmatch(r"(-?\d{1,12}) (\d{1,12})\s*", cpu_max)
+    if found is None or int(found[1]) <= 0 or not int(found[2]):
         return None
-    return max(1, -(-int(found[1]) // int(found[2])))
+    return max(1, int(found[1]) // int(found[2]))
 
 
 def container_quota() -> int | None:
-    """Whole processors that this process's control group allows; None without limit, or without control groups (v2)."""
+    """Whole processors that this process's control groups, of either version, allow; None without limit."""
+    older = _GROUPS / "cpu"
     try:
-        return quota_cores(Path("/sys/fs/cgroup/cpu.max").read_text())
+        first = (
+            f"{(older / 'cpu.cfs_quota_us').read_text().strip()} {(older / 'cpu.cfs_period_us').read_text().strip()}"
+        )
     except OSError:
-        return None
+        first = ""
+    quotas = [quota_cores(text) for text in (first, *group_limits("cpu.max"))]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def memory_limit() -> int | None:
+    """Bytes of memory that this process's control groups, of either version, allow; None without limit."""
+    try:
+        older = [(_GROUPS / "memory" / "memory.limit_in_bytes").read_text()]
+    except OSError:
+        older = []
+    limits = [int(text) for text in (*older, *group_limits("memory.max")) if text.strip().isdigit()]
+    return min((limit for limit in limits if limit > 0), default=None)
 
 
 def available_cores() -> int:

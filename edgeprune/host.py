@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from edgeprune import files
-from edgeprune.cores import available_cores
+from edgeprune.cores import available_cores, memory_limit
 from edgeprune.devices import DeviceProfile, Figure, PositiveFigure, load_profile, read_profile
 from edgeprune.errors import BadInput
 from edgeprune.host_gpu import find_gpu, with_gpu
@@ -84,8 +84,7 @@ def gather() -> Texts:
 def available_memory() -> int:
     """Bytes of memory of this machine, or of its control group where that is less."""
     total = int(psutil.virtual_memory().total)
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    return min(total, int(limit)) if limit.isdigit() and int(limit) > 0 else total
+    return min(total, memory_limit() or total)
 
 
 def read_bandwidth(threads: int, *, seconds: float = 2.0, buffer_bytes: int = 512 << 20) -> tuple[float, float, float]:

@@ -30,7 +30,7 @@ WINDOW_S = 0.25  # counters of processor time advance in steps of 10 ms; a short
 
 # Bits of the Raspberry Pi's get_throttled that speak of now; 16 to 19 say that it happened since boot.
 _PI_BITS = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
-_PI_FIRMWARE = "sys/devices/platform/soc/soc:firmware/get_throttled"
+_PI_FIRMWARE = "sys/devices/platform/soc*/soc*:firmware/get_throttled"  # soc/ on a Pi 4, soc@107c000000/ on a Pi 5
 _PROCESSOR_ZONE = re.compile(r"cpu|soc|pkg|package|core|big|little|tdie|k10temp", re.IGNORECASE)
 _COOLING = re.compile(r"cpufreq|processor", re.IGNORECASE)
 
@@ -128,7 +128,8 @@ def obstacles(before: Snapshot, after: Snapshot, own_s: float) -> list[str]:
         stolen = (after.steal_s - before.steal_s) / wall
         if stolen > STEAL_SHARE * after.processors:
             found.append(f"the hypervisor takes {stolen:.2f} processors away")
-    if after.temperature_c is not None:
+    # Where the kernel counts how often it slowed a processor down, that tells; other limits than the Pi's are higher.
+    if after.temperature_c is not None and (after.trip_c is not None or after.throttle_events is None):
         limit = HOT_C if after.trip_c is None else after.trip_c - TRIP_MARGIN_C
         if after.temperature_c > limit:
             found.append(f"{after.temperature_c:.0f} °C (above {limit:.0f})")
@@ -268,9 +269,10 @@ def _policies(root: Path, name: str) -> list[Path]:
 
 
 def _throttled(root: Path) -> Iterator[str]:
-    firmware = _read(root / _PI_FIRMWARE).strip()
-    if re.fullmatch(r"(0x)?[0-9a-fA-F]{1,8}", firmware):
-        yield from (words for bit, words in _PI_BITS.items() if int(firmware, 16) >> bit & 1)
+    for file in root.glob(_PI_FIRMWARE):
+        firmware = _read(file).strip()
+        if re.fullmatch(r"(0x)?[0-9a-fA-F]{1,8}", firmware):
+            yield from (words for bit, words in _PI_BITS.items() if int(firmware, 16) >> bit & 1)
     for device in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         kind = _read(device / "type").strip()
         if _COOLING.search(kind) and (_number(device / "cur_state") or 0) > 0:

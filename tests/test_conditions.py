@@ -76,6 +76,7 @@ def test_this_machine_is_read_and_a_bare_one_too(tmp_path: Path) -> None:
         ("sys/class/thermal/thermal_zone0/temp", "84000\n", "84 °C"),
         ("sys/class/thermal/cooling_device0/cur_state", "2\n", "cooling device cpufreq-cpu0"),
         ("sys/devices/platform/soc/soc:firmware/get_throttled", "50005\n", "under-voltage, throttled"),
+        ("sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled", "1\n", "under-voltage"),
         ("proc/meminfo", "MemTotal: 4096000 kB\nMemAvailable: 102400 kB\n", "100 MiB of memory are free"),
         ("proc/vmstat", "pswpin 5\npswpout 1\n", "it swaps"),
         ("sys/class/power_supply/bat/type", "Battery\n", "battery"),
@@ -108,6 +109,14 @@ def test_mains_power_and_the_kernels_own_limit_count(root: Path) -> None:
     assert seen.trip_c == 95.0 and obstacles(seen, seen, 0.0) == []  # above 80 °C, but this processor may be
     put(root, "sys/class/thermal/thermal_zone0/temp", "93000\n")
     assert "above 92" in obstacles(seen, snapshot(root), 0.0)[0]
+
+
+def test_counters_tell_more_than_a_temperature() -> None:
+    hot = replace(CALM, temperature_c=88.0, trip_c=None)
+    assert obstacles(hot, replace(hot, throttle_events=None), 0.0) == ["88 °C (above 80)"]
+    counted = replace(hot, throttle_events=3)
+    assert obstacles(counted, counted, 0.0) == []
+    assert obstacles(counted, replace(counted, throttle_events=4), 0.0) != []
 
 
 @given(st.floats(0.3, 100), st.floats(0, 4), st.floats(0, 4), st.integers(1, 64))
@@ -180,7 +189,7 @@ def test_sustained_speed_is_that_of_the_end() -> None:
         time.sleep(next(pauses))
         return 1
 
-    hot = replace(CALM, at_s=1.0, temperature_c=85.0)
+    hot = replace(CALM, at_s=1.0, temperature_c=85.0, throttle_events=None)
     found = sustain(sample, 0.05, 10, look=looks(CALM, hot))
     assert found["s"] >= 0.05 and found["ts"] < found["first_ts"]
     assert found["slowed"] == ["85 °C (above 80)"] and found["temperature_c"] == 85.0

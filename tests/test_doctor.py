@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeprune import doctor, files, host
-from edgeprune.cores import available_cores, quota_cores
+from edgeprune.cores import available_cores, group_limits, quota_cores
 from edgeprune.devices import Figure, load_profile
 from edgeprune.errors import BadInput
 from edgeprune.fitting import FitOptions
@@ -124,10 +124,21 @@ def test_any_text_is_recognised_as_something(cpuinfo: str, compatible: str, bran
 
 
 def test_a_control_groups_share_of_processors() -> None:
-    assert quota_cores("150000 100000\n") == 2
+    assert quota_cores("150000 100000\n") == 1
+    assert quota_cores("300000 100000\n") == 3
     assert quota_cores("50000 100000") == 1
     for text in ("max 100000", "", "0 0", "x y z"):
         assert quota_cores(text) is None
+
+
+def test_limits_of_every_control_group_above_are_found(tmp_path: Path) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "root"
+    own.write_text("1:name=systemd:/\n0::/user.slice/run.scope\n")
+    (root / "user.slice" / "run.scope").mkdir(parents=True)
+    (root / "user.slice" / "memory.max").write_text("2048\n")
+    (root / "user.slice" / "run.scope" / "memory.max").write_text("max\n")
+    assert group_limits("memory.max", own=own, root=root) == ["max\n", "2048\n"]
+    assert group_limits("memory.max", own=tmp_path / "none", root=root) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such call here")
