@@ -252,13 +252,13 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[t
     Every way to cut a token in two tokens is a merge; the best scored token first.
     """
     ids = {token: index for index, token in enumerate(tokens)}
-    found: list[tuple[float, int, int, str, str]] = []
+    found: list[tuple[float, int, int]] = []  # ids: of a token as long as `_TOKEN_LIMIT` texts would fill the memory
     for token, score in zip(tokens, scores, strict=True):
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
-                found.append((-score, ids[left], ids[right], left, right))
-    return [(left, right) for _, _, _, left, right in sorted(found)]
+                found.append((-score, ids[left], ids[right]))
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
 
 
 def adds_special(file: GgufFile, *, sentencepiece: bool) -> tuple[bool, bool]:
