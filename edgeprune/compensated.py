@@ -75,48 +75,35 @@ def prune_compensated(
         BadInput: a checkpoint that does not fit, another run at work on the same `out`, or a full disk.
         StageFailed: second moments that cannot be solved with.
     """
-    with only_writer(out):
-        return _prune(source, ids, choices, how, out, origin, dtype, progress)
-
-
-def _prune(
-    source: Path,
-    ids: torch.Tensor,
-    choices: Choices,
-    how: Compensation,
-    out: Path,
-    origin: Origin,
-    dtype: torch.dtype | None,
-    progress: Progress | None,
-) -> PrunePlan:
     model = LayeredModel(Checkpoint(source), dtype=dtype or fast_dtype())
     if len(choices) != len(model.shape.layers):
         raise BadInput(f"{len(choices)} widths for a model of {len(model.shape.layers)} layers")
-    work = _Work(out.with_name(f"{out.name}.partial"), _key(model, ids, choices, how))
-    shape = model.shape
-    # Behind the last layer that loses something nobody reads what the streams would be.
-    until = 1 + max((i for i, choice in enumerate(choices) if widths_of(choice) != shape.layers[i]), default=-1)
-    done = work.finished(until)
-    if len(done) < until:
-        streams = work.streams(model, ids, len(done))
-        saved = time.monotonic()
-        pruned = prune_layers(model, streams, choices[:until], how, start=len(done))
-        for index, layer in enumerate(pruned, start=len(done)):
-            work.add(index, layer)
-            done.append(layer.plan)
-            last = index + 1 == until
-            if not last and time.monotonic() - saved > _SAVE_EVERY_S:
-                work.save_streams(index + 1, streams)
-                saved = time.monotonic()
-            if progress:
-                progress(index + 1, until)
-    layers = (*done, *keep_all(shape).layers[until:])
-    after = shape.with_layers(tuple(layer.widths for layer in layers)).parameters
-    reached = 1 - after / (origin.parameters or shape.parameters)
-    plan = PrunePlan(layers, origin.method, origin.asked_ratio, reached, origin.model_hash, origin.text_hash)
-    prune_checkpoint(source, plan, out, replaced=work.replaced(model, until))
-    shutil.rmtree(work.folder)
-    return plan
+    with only_writer(out):
+        work = _Work(out.with_name(f"{out.name}.partial"), _key(model, ids, choices, how))
+        shape = model.shape
+        # Behind the last layer that loses something nobody reads what the streams would be.
+        until = 1 + max((i for i, choice in enumerate(choices) if widths_of(choice) != shape.layers[i]), default=-1)
+        done = work.finished(until)
+        if len(done) < until:
+            streams = work.streams(model, ids, len(done))
+            saved = time.monotonic()
+            pruned = prune_layers(model, streams, choices[:until], how, start=len(done))
+            for index, layer in enumerate(pruned, start=len(done)):
+                work.add(index, layer)
+                done.append(layer.plan)
+                last = index + 1 == until
+                if not last and time.monotonic() - saved > _SAVE_EVERY_S:
+                    work.save_streams(index + 1, streams)
+                    saved = time.monotonic()
+                if progress:
+                    progress(index + 1, until)
+        layers = (*done, *keep_all(shape).layers[until:])
+        after = shape.with_layers(tuple(layer.widths for layer in layers)).parameters
+        reached = 1 - after / (origin.parameters or shape.parameters)
+        plan = PrunePlan(layers, origin.method, origin.asked_ratio, reached, origin.model_hash, origin.text_hash)
+        prune_checkpoint(source, plan, out, replaced=work.replaced(model, until))
+        shutil.rmtree(work.folder)
+        return plan
 
 
 def _key(model: LayeredModel, ids: torch.Tensor, choices: Choices, how: Compensation) -> str:
