@@ -206,7 +206,8 @@ def result_folder(path: Path, *marks: str) -> Path:
         raise BadInput("is the folder you are in", where=path, remedy="name a folder inside it with --out")
     if path.is_dir() and any(path.iterdir()) and not any((path / mark).is_file() for mark in marks):
         raise BadInput("holds something else, which would be lost", where=path, remedy="give --out a new folder")
-    with tempfile.TemporaryDirectory(prefix=".edgeprune-", dir=_parent(path)):
+    parent = _parent(path)
+    with _disk_errors(path, parent), tempfile.TemporaryDirectory(prefix=".edgeprune-", dir=parent):
         return path  # told now, not when hours have been spent
 
 

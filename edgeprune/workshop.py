@@ -274,6 +274,7 @@ def trial_key(candidate: Candidate, model_hash: str, workshop: Workshop) -> str:
         workshop.bench and (workshop.context, workshop.gate_s is not None, candidate.settings, workshop.device),
         workshop.positions(candidate),
         workshop.companions_hash,
+        workshop.source.resolve().name,  # the files hold it
         machine(),
         here["edgeprune"],
         here["packages"],

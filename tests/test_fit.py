@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,17 @@ def test_a_model_whose_layers_differ_is_quantised_alone(wide: Path, tmp_path: Pa
     for method in ("obs", "amp"):
         with pytest.raises(NothingFits, match="nearest is dense, Q8_0"):
             run(tmp_path / "pruned", tmp_path / method, small, method=method, targets=targets)
+
+
+def test_dense_trials_serve_runs_with_other_texts_and_copies_of_the_model(wide: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES * 30), encoding="utf-8")
+    budget, options = Budget(context=64), {"targets": ["Q8_0"], "held_out": str(text)}
+    first = run(wide, tmp_path / "one", budget, **options)
+    second = run(wide, tmp_path / "two", budget, calibration=str(text), **options)
+    assert second.chosen.dense and second.trials[0][1].quality == first.trials[0][1].quality
+    shutil.copytree(wide, tmp_path / "copy")
+    assert run(tmp_path / "copy", tmp_path / "three", budget, **options).chosen.dense
 
 
 def test_another_budget_runs_nothing_of_the_dense_model_again(
