@@ -56,10 +56,9 @@ def layer_options(
     return found
 
 
-AttentionCost = Callable[
-    [int, int], Sequence[float] | Array
-]  # (heads, kv_heads) -> costs of a layer's attention, (costs,)
-MlpCost = Callable[[int], Sequence[float] | Array]  # neurons -> costs of a layer's MLP, (costs,)
+# (heads, kv_heads), or neurons -> what that half of a layer costs, (costs,)
+AttentionCost = Callable[[int, int], Sequence[float] | Array]
+MlpCost = Callable[[int], Sequence[float] | Array]
 
 
 def allocate(

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.families import Family
 from edgeprune.heterogeneous import layer_module, stock_skeleton
+from edgeprune.runtimes.pytorch import stock_config
 
 Half = Literal["attention", "mlp"]
 HALVES: tuple[Half, ...] = ("attention", "mlp")
@@ -225,11 +225,9 @@ class LayeredModel:
             raise BadInput("layers differ already", where=checkpoint.folder, remedy="give the dense model")
         self.family = self.shape.family
         try:
-            local = {"trust_remote_code": False, "local_files_only": True}
-            self.config = AutoConfig.from_pretrained(checkpoint.folder, **local, **checkpoint.rope_overrides)
+            self.config = stock_config(checkpoint)
         except (OSError, ValueError, KeyError) as error:
             raise BadInput(f"transformers cannot read the config ({error})", where=checkpoint.folder) from error
-        self.config._attn_implementation = "eager" if self.shape.attention_soft_cap else "sdpa"
         self._skeleton = stock_skeleton(self.config)
         layers: Any = self._skeleton.get_submodule(self.family.layers)
         self._recorders = [_Recorder(layer) for layer in layers]

@@ -141,9 +141,8 @@ class Report:
         than the baseline's and in none slower, else the baseline's still."""
         faster = {result.name for result in self.results if result.state == "improvement"}
         faster -= {each.name for each in self.results if each.comparison is not None and each.comparison.high < 1}
-        measured = {name: file for name, file in self.files.items() if name not in self.failures}
-        kept = {name: file if name in faster else self.baseline.get(name, file) for name, file in measured.items()}
-        return kept | {name: self.baseline[name] for name in self.failures if name in self.baseline}
+        kept = {name: file for name, file in self.files.items() if name not in self.failures}
+        return kept | {name: file for name, file in self.baseline.items() if name in self.files and name not in faster}
 
     @property
     def regressions(self) -> list[Result]:
@@ -271,8 +270,9 @@ def save_baseline(report: Report, out: Path) -> Path:
     """
     with atomic_folder(result_folder(out, BASELINE)) as folder:
         record = report.to_json()
-        record["files"] = {name: entry for name, entry in record["files"].items() if name in report.to_keep}
-        for number, (name, path) in enumerate(report.to_keep.items()):
+        to_keep = report.to_keep
+        record["files"] = {name: entry for name, entry in record["files"].items() if name in to_keep}
+        for number, (name, path) in enumerate(to_keep.items()):
             kept = folder / f"{number}-{report.files[name].stem}{path.suffix}"  # by the suffix the runtime is known
             if path.is_dir():
                 shutil.copytree(path, kept)

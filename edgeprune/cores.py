@@ -9,20 +9,19 @@ from pathlib import Path
 _GROUPS = Path("/sys/fs/cgroup")
 
 
+def _read(file: Path) -> str:
+    """What a file says; nothing where it is not, as of limits in the outermost control group."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
 def group_limits(name: str, *, own: Path = Path("/proc/self/cgroup"), root: Path = _GROUPS) -> list[str]:
     """What the file `name` says in this process's control group (v2) and in each above it; where it is not, nothing."""
-    try:
-        found = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE)
-    except OSError:
-        found = None
+    found = re.search(r"^0::/(.*)$", _read(own), re.MULTILINE)
     group = Path(found[1] if found else "")
-    texts = []
-    for folder in (group, *group.parents):
-        try:
-            texts.append((root / folder / name).read_text())
-        except OSError:  # not told there, as in the outermost one
-            continue
-    return texts
+    return [text for folder in (group, *group.parents) if (text := _read(root / folder / name))]
 
 
 def quota_cores(cpu_max: str) -> int | None:
@@ -38,25 +37,22 @@ def quota_cores(cpu_max: str) -> int | None:
 
 def container_quota() -> int | None:
     """Whole processors that this process's control groups, of either version, allow; None without limit."""
-    older = _GROUPS / "cpu"
-    try:
-        first = (
-            f"{(older / 'cpu.cfs_quota_us').read_text().strip()} {(older / 'cpu.cfs_period_us').read_text().strip()}"
-        )
-    except OSError:
-        first = ""
-    quotas = [quota_cores(text) for text in (first, *group_limits("cpu.max"))]
+    older = " ".join(_read(_GROUPS / "cpu" / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    quotas = [quota_cores(text) for text in (older, *group_limits("cpu.max"))]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def memory_limit() -> int | None:
     """Bytes of memory that this process's control groups, of either version, allow; None without limit."""
-    try:
-        older = [(_GROUPS / "memory" / "memory.limit_in_bytes").read_text()]
-    except OSError:
-        older = []
-    limits = [int(text) for text in (*older, *group_limits("memory.max")) if text.strip().isdigit()]
+    texts = (_read(_GROUPS / "memory" / "memory.limit_in_bytes"), *group_limits("memory.max"))
+    limits = [int(text) for text in texts if text.strip().isdigit()]
     return min((limit for limit in limits if limit > 0), default=None)
+
+
+def allowed_processors() -> int:
+    """Logical processors that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 
 
 def available_cores() -> int:
@@ -66,6 +62,5 @@ def available_cores() -> int:
     """
     import psutil  # not before: main() only asks for the quota, and this takes 30 ms
 
-    affinity = getattr(os, "sched_getaffinity", None)
-    allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    allowed = allowed_processors()
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed, container_quota() or allowed))

@@ -320,9 +320,8 @@ def _fit(
     for folder, (candidate, trial) in bundles.items():
         path = workshop.export(candidate, progress)
         # By content: what is dense was perhaps measured by a run with other texts, which its file's name has.
-        if sorted(each["sha256"] for each in files_of(path).values()) != sorted(
-            each["sha256"] for each in trial.files.values()
-        ):
+        here, measured = (sorted(each["sha256"] for each in files.values()) for files in (files_of(path), trial.files))
+        if here != measured:
             raise StageFailed("not the file that was measured", where=path, remedy="run again with --no-resume")
         made = Made(
             path,

@@ -269,16 +269,13 @@ class _Scale:
         else:
             self.fails = self.value
         value = self.value + 1 - need
-        if self.fails is None:
-            self.value = value
-            return False
-        if self.fits is None:
-            if value >= self.fails:
-                value, self.step = self.fails - self.step, 2 * self.step
-            self.value = value
-            return False
-        self.value = value if self.fits < value < self.fails else (self.fits + self.fails) / 2
-        return self.fails - self.fits < _CLOSE
+        if self.fits is not None and self.fails is not None:
+            self.value = value if self.fits < value < self.fails else (self.fits + self.fails) / 2
+            return self.fails - self.fits < _CLOSE
+        if self.fails is not None and value >= self.fails:
+            value, self.step = self.fails - self.step, 2 * self.step
+        self.value = value
+        return False
 
 
 def uniform_widths(

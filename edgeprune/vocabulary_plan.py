@@ -128,8 +128,6 @@ def folder_vocabulary(folder: Path, rows: int) -> BpeVocabulary:
         BadInput: no tokenizer.json, or a tokenizer that is not byte-pair.
     """
     where = folder / "tokenizer.json"
-    if not where.is_file():
-        raise BadInput("no tokenizer.json", where=folder, remedy="save the tokenizer beside the weights")
     open_tokenizer(folder)  # the library checks the file's structure
     fixed: set[int] = set()
     for name in ("config.json", "generation_config.json"):

@@ -30,6 +30,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from edgeprune.cores import allowed_processors
 from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.recognise import Texts, recognise
 from edgeprune.runtimes.bench import cpu_info
@@ -94,8 +95,7 @@ def hello(store: Store) -> dict[str, Any]:
 
 def _fast_cores() -> int:
     """Cores of the fastest kind: with the slower ones beside them decoding takes as long as these need."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    allowed = allowed_processors()
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

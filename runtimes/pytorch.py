@@ -25,6 +25,8 @@ try:
 except ImportError as error:
     raise missing_extra("transformers", "prune") from error
 
+_LOCAL = {"trust_remote_code": False, "local_files_only": True}
+
 
 def build_info() -> dict[str, str]:
     """The versions that ran, under llama-bench's name for it."""
@@ -194,6 +196,14 @@ class PyTorch:
         self._clear()
 
 
+def stock_config(checkpoint: Checkpoint) -> Any:
+    """The config as transformers reads it, with the attention that we choose: the file's may name code on the hub, and
+    transformers would look at it before one that is given as an argument. Raises whatever transformers does."""
+    config = AutoConfig.from_pretrained(checkpoint.folder, **_LOCAL, **checkpoint.rope_overrides)
+    config._attn_implementation = "eager" if checkpoint.shape.attention_soft_cap else "sdpa"
+    return config
+
+
 def load_model(path: Path) -> Any:
     """The float32 model of a Hugging Face folder, in evaluation mode; its layers may have different widths.
 
@@ -204,21 +214,18 @@ def load_model(path: Path) -> Any:
         BadInput: no or pickled weights, weights that do not match the config, or what transformers cannot load.
     """
     checkpoint = Checkpoint(path)
-    local = {"trust_remote_code": False, "local_files_only": True}
     remedy = "download or convert the checkpoint again"
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is an error here, below
     try:
-        config = AutoConfig.from_pretrained(path, **local, **checkpoint.rope_overrides)
-        # Given as an argument it would be looked at after the file's own, which may name code on the hub.
-        config._attn_implementation = "eager" if checkpoint.shape.attention_soft_cap else "sdpa"
+        config = stock_config(checkpoint)
         kind = AutoModelForCausalLM
         if checkpoint.config.get(KEY):
             from edgeprune.heterogeneous import model_class
 
             kind = model_class(config)
         model, info = kind.from_pretrained(
-            path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **local
+            path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **_LOCAL
         )
     except Exception as error:  # a config has many fields, and each may be anything
         raise BadInput(f"transformers cannot load it ({_line(error)})", where=path, remedy=remedy) from error

@@ -111,7 +111,7 @@ def tune(
     tried: list[Tried] = []
     wanted = {name: known for name, known in table.items() if name not in fixed and (known.lossless or name in lossy)}
     # That an interval of the widest race's level can be had of so few rounds, before anything is measured.
-    widest = max(len(threads), *(len(known.values) for known in wanted.values())) - 1
+    widest = max([len(threads), *(len(known.values) for known in wanted.values())]) - 1
     signed_rank_interval([0.0] * rounds, 1 - (1 - LEVEL) / max(1, widest))
 
     def contest(stage: str, rivals: list[Arm]) -> None:

@@ -205,6 +205,13 @@ def test_a_setting_that_ends_the_runtime_is_left_out(monkeypatch: pytest.MonkeyP
     assert "n_ubatch" in found.best.settings and "flash_attn" not in found.best.settings
 
 
+def test_with_every_setting_given_threads_alone_are_raced(monkeypatch: pytest.MonkeyPatch, tiny_gguf: Path) -> None:
+    fake_bench(monkeypatch, lambda options, test: 100.0)
+    given = {name: known.values[0] for name, known in settings_of("llamacpp").items()}
+    found = tune(tiny_gguf, threads=[2, 1], given=given)
+    assert [tried.arm.threads for tried in found.tried] == [1] and dict(found.best.settings) == given
+
+
 def test_too_few_rounds_for_the_widest_race_are_refused(tiny_gguf: Path) -> None:
     with pytest.raises(BadInput, match="rounds"):
         tune(tiny_gguf, threads=[2], rounds=6)
