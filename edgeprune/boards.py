@@ -22,6 +22,8 @@ from edgeprune.files import config_dir
 from edgeprune.runtimes.isolate import Execute, run_isolated
 from edgeprune.runtimes.ssh import FOLDER, Board, Link
 
+BOARDS_FILE = "boards.toml"  # in the user's settings
+
 
 class BoardEntry(BaseModel):
     """One board of a file of boards."""
@@ -71,7 +73,7 @@ def find_board(text: str) -> BoardEntry:
     if "://" in text:
         Board.of(text)
         return BoardEntry(url=text)
-    path = config_dir() / "boards.toml"
+    path = config_dir() / BOARDS_FILE
     known = read_boards(path) if path.is_file() else {}
     if text not in known:
         raise unknown("board", text, [*known, "ssh://user@host"])

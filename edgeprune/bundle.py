@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.at_hand import in_gpu_memory, peak_mib
 from edgeprune.candidates import Candidate
 from edgeprune.checkpoint import GGUF_TOKENIZER
-from edgeprune.export.gguf_writer import stated_licence
 from edgeprune.files import atomic_folder, read_json, write_json, write_text
-from edgeprune.models import LICENCES, NOTICES, copy_companions, copy_files
+from edgeprune.models import copy_companions, copy_files, public_name, stated_licence, terms
 from edgeprune.plan import PrunePlan
 from edgeprune.quality import CrossQuality, Quality, TextQuality
 from edgeprune.record import Trial, environment
@@ -95,6 +95,7 @@ def _bundle_json(
     profile, budget = result.proposal.profile, result.proposal.budget
     template = chat_template(made.source)
     assert trial.quality is not None
+    peak = peak_mib(trial, dedicated=in_gpu_memory(candidate, profile))
     return {
         "schema_version": SCHEMA_VERSION,
         "model_file": model_file,
@@ -109,7 +110,7 @@ def _bundle_json(
         "chat_template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "stop": _stop_tokens(made.source, result.proposal.shape.eos),
         "eos_token_ids": made.eos(result.proposal.shape),
-        "memory_need_mib": round(candidate.cost.memory_mib.high, 1),
+        "memory_need_mib": round(max(candidate.cost.memory_mib.high, peak or 0.0), 1),
         "predicted": {
             "on": profile.name,
             "decode_tokens_per_s": asdict(candidate.cost.decode_tps),
@@ -171,16 +172,16 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, made: Mad
     assert quality is not None
     proposal = result.proposal
     this, dense = _spans(candidate.shape), _spans(proposal.shape)
-    licence = _licence(made.source)
+    licence, name = _licence(made.source), public_name(proposal.model)
     vocabulary = made.vocabulary
     lines = [
         "---",
         *([f"license: {licence}"] if licence else []),
         "tags: [edgeprune, pruned]",
         "---",
-        f"# {proposal.model} for {proposal.profile.name}",
+        f"# {name} for {proposal.profile.name}",
         "",
-        f"{candidate}. Made by edgeprune {bundle['environment']['edgeprune']} from `{proposal.model}`"
+        f"{candidate}. Made by edgeprune {bundle['environment']['edgeprune']} from `{name}`"
         + (f" (licence: {licence}; the base model's terms go on to apply)." if licence else "."),
         "",
         "| | dense | this model |",
@@ -191,7 +192,7 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, made: Mad
         f"{this['heads']} / {this['kv_heads']} |",
         f"| MLP neurons a layer | {dense['neurons']} | {this['neurons']} |",
         "",
-        "| figure | value | 95 % interval | kind |",
+        "| figure | value | interval | kind |",
         "|---|---|---|---|",
         _row("decode, tokens/s", candidate.cost.decode_tps, f"predicted for {proposal.profile.name}"),
         _row("memory, MiB", candidate.cost.memory_mib, f"predicted for {proposal.profile.name}"),
@@ -203,7 +204,7 @@ def _model_card(result: FitResult, candidate: Candidate, trial: Trial, made: Mad
         f"Measured on {quality.measured_on.machine}, in {quality.measured_on.runtime}, over {quality.n_tokens} tokens.",
         f"Held-out text: {result.judged_on}.",
         *([f"The tokens to keep were {vocabulary.counted_on()}; other uses read more tokens."] if vocabulary else []),
-        "The interval of a prediction is the profile's; the middle of it decides whether a model fits.",
+        "Intervals: 90 % of what is predicted, whose middle decides whether a model fits; 95 % of what is measured.",
         "",
     ]
     return "\n".join(lines)
@@ -266,7 +267,7 @@ def write_bundle(
         if exported.is_dir():
             shutil.copytree(exported, temporary, dirs_exist_ok=True)
             model_file = "model.onnx"
-            copy_files(made.companions, temporary, (*LICENCES, *NOTICES))
+            copy_files(made.companions, temporary, terms(made.companions))
         else:
             model_file = f"model{exported.suffix}"
             shutil.copyfile(exported, temporary / model_file)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from edgeprune.corpus import TEXT_FIELDS, Corpus, hub_records, record_text, records
+from edgeprune.corpus import TEXT_FIELDS, Corpus, hub_records, record_text, records, text_path
 from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir, read_json, write_json
 from edgeprune.importance import text_hash
@@ -101,8 +101,8 @@ def weighted_texts(source: str) -> Iterator[tuple[str, float]]:
     Raises:
         BadInput: as `read_weighted`, or no dataset of that name can be read.
     """
-    path = Path(source).expanduser()
-    return read_weighted(path) if path.exists() else ((text, 1.0) for text in _hub_texts(source))
+    path = text_path(source)
+    return ((text, 1.0) for text in _hub_texts(source)) if path is None else read_weighted(path)
 
 
 def _hub_texts(name: str) -> Iterator[str]:
@@ -226,8 +226,8 @@ def text_set(
     """
     if source is None:
         return self_generated(model, count=count, length=length, seed=seed, progress=progress)
-    path = Path(source).expanduser()  # without the weights, which nobody uses here and which may be none
-    texts = read_texts(path) if path.exists() else _hub_texts(source)
+    path = text_path(source)
+    texts = _hub_texts(source) if path is None else read_texts(path)  # without weights, which may be none
     return take(model, texts, source, count=count, length=length)
 
 
@@ -247,6 +247,8 @@ def self_generated(
         length: of each, in tokens.
         seconds: about as long may the writing take.
     """
+    if length <= _PREFIX_TOKENS:
+        raise BadInput(f"texts of {length} tokens", remedy=f"ask for more: {_PREFIX_TOKENS} are drawn at random")
     depends = [SCHEMA_VERSION, model.hash, companions_hash(model.folder), count, length, seed, _PREFIX_TOKENS, _SURPLUS]
     if seconds is not None:
         depends.append(seconds)

@@ -176,7 +176,7 @@ def cost_of(
         n_layers=len(shape.layers),
         weights_bytes=weights,
         kv_bytes=kv_bytes(shape, target, budget.context),
-        repack_bytes=target.format.repacked(shape, target.quantisation),
+        repack_bytes=target.format.repacked(shape, target.quantisation, profile.cpu.isa),
         threads=threads,
         context=budget.context,
         depth=depth,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -12,6 +15,7 @@ from edgeprune.errors import BadInput
 Message = Mapping[str, str]  # "role" and "content"
 Render = Callable[[Sequence[Message], bool], str]  # (messages, whether an answer is to follow) -> text
 
+RENDER_S = 10.0  # a conversation takes milliseconds
 # The day that Llama 3.1's and 3.2's templates name where nothing tells them the date.
 SOME_DAY = date(2024, 7, 26)
 
@@ -59,13 +63,37 @@ def renderer(folder: Path, today: date | None = None) -> Render | None:
 
     def render(messages: Sequence[Message], answer: bool) -> str:
         try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer, **told)
+            with _time_limit():
+                text = tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=answer, **told
+                )
             return str(text)
         except Exception as error:  # whatever the template raises, or jinja2 of it
             line = " ".join(str(error).split())[:200]
             raise BadInput(f"the chat template does not take this conversation ({line})", where=folder) from error
 
     return render
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise `TimeoutError` after `RENDER_S`: a template may hold loops within loops. In the main thread of POSIX, where
+    nobody else has the timer; elsewhere there is no limit."""
+    signals = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    if not signals or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def over(_number: int, _frame: object) -> None:
+        raise TimeoutError(f"not rendered after {RENDER_S:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, RENDER_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)

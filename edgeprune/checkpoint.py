@@ -24,6 +24,7 @@ from edgeprune.shape import ModelShape, shape_from_config, token_ids
 
 # A tokenizer that came from a GGUF file stays beside the checkpoint, as a GGUF file without tensors, so that it can
 # be written into the next GGUF file verbatim.
+NAMED = "_name_or_path"  # the key of a config that says what the model was saved from
 GGUF_TOKENIZER = "tokenizer.gguf"
 # What the tokenizer and the chat template of a Hugging Face folder may be made of.
 TOKENIZER_FILES = (
@@ -223,10 +224,17 @@ class Checkpoint:
             values = raw.astype(np.float32, copy=False)
         return values.reshape(entry.shape)
 
+    @property
+    def name(self) -> str:
+        """The model's name: what its config says, else the folder's."""
+        named = self.config.get(NAMED)
+        return Path(named).name if isinstance(named, str) and named else self.folder.resolve().name
+
     def hash(self) -> str:
         """SHA-256 over the config and the weights' bytes: the identity of the model in caches and records."""
         if self._hash is None:  # reading all weights takes a second for each gigabyte
-            digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+            told = {key: value for key, value in self.config.items() if key != NAMED}
+            digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
             for file in self.files:
                 digest.update(sha256(file).encode())
             self._hash = digest.hexdigest()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,12 +20,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from edgeprune import __version__
 from edgeprune.cli_boards import boards_app
 from edgeprune.cli_ci import ci
 from edgeprune.cli_devices import devices_app
 from edgeprune.cli_distill import count_of
 from edgeprune.cli_distill import distill as distill_command
-from edgeprune.cli_look import AsJson, doctor, inspect, predict
+from edgeprune.cli_look import AsJson, device_names, doctor, inspect, predict
 from edgeprune.cli_measure import BoardName, Gate, Threads, bench, compare, evaluate
 from edgeprune.cli_measure import tune as tune_command
 from edgeprune.cli_prune import Calibration, Seed, prune
@@ -52,13 +55,32 @@ Model = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        console.print(f"edgeprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    # No docstring: it would stand for the program's own help.
+    pass
+
+
 @app.command()
 def fit(
     model: Model = "demo",
     device: Annotated[
         str | None,
         typer.Option(
-            "--device", "-d", help="Profile name, path of a .toml, or host. Default: the board's own entry, else host."
+            "--device",
+            "-d",
+            help="Profile name, path of a .toml, or host. Default: the board's own entry, else host.",
+            autocompletion=device_names,
         ),
     ] = None,
     min_tps: Annotated[float | None, typer.Option("--min-tps", help="Decode, tokens/s, at least.")] = None,
@@ -343,6 +365,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     # torchao, which transformers imports where it is installed, complains of libraries for other machines.
     for name in ("transformers", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -364,14 +388,28 @@ def keep_interrupts() -> None:
     sys.unraisablehook = look
 
 
+def _mend_streams() -> None:
+    """Give a closed standard stream a place to write to, and let one that lacks a character write "?" for it."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the end)
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _expand_homes(arguments: list[str]) -> list[str]:
+    """Arguments with the home folder for the `~` of `--out=~/runs`, which no shell replaces there."""
+    return [re.sub(r"^(--[a-z-]+=)(~/.*)", lambda m: m[1] + str(Path(m[2]).expanduser()), each) for each in arguments]
+
+
 def main() -> None:
     """Run the command line and exit with the code that its outcome has."""
+    _mend_streams()
     _quiet_libraries()
     if container_quota():  # unknown to OpenMP, which sees to the rest by itself
         os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
     keep_interrupts()
     try:
-        app()
+        app(_expand_homes(sys.argv[1:]))
     except EdgepruneError as error:
         problem(str(error))
         sys.exit(error.exit_code)
@@ -386,6 +424,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            problem(f"{error.filename}: a name longer than this system takes; give a shorter one")
+            sys.exit(BadInput.exit_code)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _tell_bug()
         problem(f"the disk is full ({error.filename or error.strerror}); free some space and run the command again")

@@ -1,4 +1,4 @@
-"""Commands about boards: `boards setup`, `boards check`, `boards clean`."""
+"""Commands about boards: `boards list`, `boards setup`, `boards check`, `boards clean`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ from edgeprune.output import Stages, console, print_json, print_table
 
 boards_app = typer.Typer(help="Boards over ssh.", no_args_is_help=True)
 Address = Annotated[str, typer.Argument(help="ssh://user@host[:port], or a name in boards.toml.", metavar="BOARD")]
+
+
+@boards_app.command("list")
+def boards_list(as_json: AsJson = False) -> None:
+    """List the boards of your boards.toml; none is asked anything."""
+    from edgeprune.boards import BOARDS_FILE, read_boards
+    from edgeprune.files import config_dir
+
+    path = config_dir() / BOARDS_FILE
+    boards = read_boards(path) if path.is_file() else {}
+    if as_json:
+        print_json({name: entry.model_dump(mode="json") for name, entry in boards.items()})
+    elif boards:
+        rows = [[name, entry.url, entry.device or "", str(entry.threads or "")] for name, entry in boards.items()]
+        print_table(str(path), ("name", "url", "device", "threads"), rows)
+    else:
+        console.print(f"no boards yet; name them in {path}", soft_wrap=True)
 
 
 @boards_app.command("setup")

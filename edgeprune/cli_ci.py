@@ -10,7 +10,8 @@ import typer
 from edgeprune.cli_look import AsJson
 from edgeprune.cli_measure import Gate, Threads
 from edgeprune.cores import available_cores
-from edgeprune.errors import StageFailed
+from edgeprune.errors import BadInput, StageFailed
+from edgeprune.files import writable
 from edgeprune.output import Stages, console, print_json, print_table
 
 REGRESSION = 1  # exit code
@@ -45,6 +46,10 @@ def ci(
     from edgeprune.runtimes.bench import GATE_S
 
     read = read_suite(suite)
+    if out.exists() and not out.is_dir():
+        raise BadInput("exists and is not a folder", where=out, remedy="choose another --out")
+    for folder in filter(None, (out, save_baseline)):
+        writable(folder)
     with Stages(resumes=False) as stages:
         report = run_suite(
             read,

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli_look import AsJson
+from edgeprune.cli_look import AsJson, device_names
 from edgeprune.cli_measure import BoardName, Gate, counts_of
 from edgeprune.errors import BadInput
-from edgeprune.output import Stages, console, print_json, print_table
+from edgeprune.output import Stages, console, print_json, print_table, problem
 
 devices_app = typer.Typer(help="Device profiles.", no_args_is_help=True)
 
@@ -20,7 +20,7 @@ def devices_list(as_json: AsJson = False) -> None:
     """List the device profiles."""
     from edgeprune.devices import list_profiles
 
-    profiles = list_profiles()
+    profiles = list_profiles(lambda error: problem(str(error), kind="warning"))
     if as_json:
         print_json([profile.model_dump(mode="json") for profile in profiles])
         return
@@ -39,7 +39,8 @@ def devices_list(as_json: AsJson = False) -> None:
 
 @devices_app.command("show")
 def devices_show(
-    name: Annotated[str, typer.Argument(help="Profile name, path of a .toml, or host.")], as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help="Profile name, path of a .toml, or host.", autocompletion=device_names)],
+    as_json: AsJson = False,
 ) -> None:
     """Show a device profile: every number with its interval, kind and source."""
     from edgeprune.devices import load_profile
@@ -83,13 +84,15 @@ def devices_measure(
     from edgeprune.boards import device_of, place
     from edgeprune.device_measure import ROUNDS_S, measure_device, save_profile
     from edgeprune.devices import load_profile
-    from edgeprune.files import config_dir
+    from edgeprune.files import config_dir, writable
     from edgeprune.host import measured_path, unmeasured_profile
     from edgeprune.host_gpu import backend_of, find_gpu, with_gpu, with_memory_of
     from edgeprune.output import figures_of
     from edgeprune.runtimes.bench import GATE_S, bench
     from edgeprune.runtimes.tuning import thread_counts
 
+    path = config_dir() / "profiles" / f"{name}.toml" if name else measured_path()
+    writable(path)
     there = place(board)
     if board is not None:
         device = device or device_of(board)
@@ -111,7 +114,7 @@ def devices_measure(
         profile = measure(with_gpu(base, None), counts=counts_of(threads) or thread_counts(there.threads))
         if gpu is not None and backend is not None:
             profile = measure(with_memory_of(profile, gpu), counts=[profile.threads], backend=backend)
-    path = save_profile(profile, config_dir() / "profiles" / f"{name}.toml" if name else measured_path())
+    save_profile(profile, path)
     if as_json:
         print_json(profile.model_dump(mode="json"))
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli_look import AsJson
+from edgeprune.cli_look import MOST_SEED, AsJson
 from edgeprune.errors import BadInput
 from edgeprune.output import Stages, console, print_json
 
@@ -69,7 +69,7 @@ def distill(
         int, typer.Option("--depth", min=0, help="Last layers whose gradients are matched beside the head's.")
     ] = 4,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads. Default: all cores.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of whatever is drawn.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted pass, and reuse finished ones.")
     ] = True,
@@ -78,8 +78,12 @@ def distill(
     """Distil text to a small set that calibrates or recovers a model nearly as well as all of it."""
     from dataclasses import asdict
 
+    from edgeprune.corpus import text_path
     from edgeprune.models import checkpoint_folder, resolve
 
+    for name in source:  # before a model is fetched
+        if not Path(name).expanduser().is_dir():
+            text_path(name)
     with Stages() as stages:
         dense = resolve(model, say=stages.say)
     import torch  # not before: it takes seconds

@@ -10,6 +10,7 @@ import typer
 
 from edgeprune.output import print_checks, print_inspection, print_json, print_prediction
 
+MOST_SEED = (1 << 32) - 1  # that every generator takes
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
@@ -18,6 +19,14 @@ def model_file(name: str) -> Path:
     from edgeprune.fetch import DEMO_MODELS, demo_model
 
     return demo_model(name) if name in DEMO_MODELS else Path(name)
+
+
+def device_names(incomplete: str) -> list[str]:
+    """Names of devices that begin so, for a shell that completes them."""
+    from edgeprune.devices import list_profiles
+
+    profiles = list_profiles(lambda _: None)  # of a broken file is told where it is used
+    return [name for profile in profiles for name in profile.names if name.startswith(incomplete)]
 
 
 def inspect(
@@ -47,7 +56,10 @@ def predict(
             metavar="FILE",
         ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", "-d", help="Profile name, path of a .toml, or host.")] = "host",
+    device: Annotated[
+        str,
+        typer.Option("--device", "-d", help="Profile name, path of a .toml, or host.", autocompletion=device_names),
+    ] = "host",
     params: Annotated[
         float | None, typer.Option("--params", help="Without a file: parameters of the model, such as 1.24e9.")
     ] = None,

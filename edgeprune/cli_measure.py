@@ -164,11 +164,14 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Say which of two is faster, or that no difference was seen: turn by turn, in rotated order, by pairs."""
+    from edgeprune.runtimes import runtime_for
     from edgeprune.runtimes.bench import GATE_S
     from edgeprune.runtimes.racing import Arm
     from edgeprune.runtimes.racing import compare as run_compare
     from edgeprune.runtimes.settings import parse
 
+    for path in (first, second):
+        runtime_for(path)  # that both are there
     count = threads or available_cores()
     with Stages(resumes=False) as stages:
         found = run_compare(
@@ -198,7 +201,7 @@ def tune(
     lossy: Annotated[
         str | None, typer.Option("--also", help="Settings to try that change the answers, by commas: cache_type.")
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", help="Of each race; 6 at least.")] = 12,
+    rounds: Annotated[int, typer.Option("--rounds", help="Of each race; 6 at least, of three and more 7 or 8.")] = 12,
     gate: Gate = True,
     as_json: AsJson = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from edgeprune.cli_look import AsJson
+from edgeprune.cli_look import MOST_SEED, AsJson
 from edgeprune.errors import BadInput
 from edgeprune.output import Stages, console, print_json
 
@@ -23,7 +23,7 @@ Calibration = Annotated[
         metavar="FILE|DATASET",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of self-generated text.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of self-generated text.")]
 
 
 def prune(
@@ -54,7 +54,8 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Prune a model to a checkpoint folder; with --uniform, stock transformers loads it."""
-    from edgeprune.models import resolve
+    from edgeprune.checkpoint import Checkpoint
+    from edgeprune.models import checkpoint_folder, resolve
     from edgeprune.targets import target_for
 
     if align.isascii() and align.isdigit():
@@ -89,6 +90,7 @@ def prune(
         "asked_ratio": plan.asked_ratio,
         "reached_ratio": plan.reached_ratio,
         "align": step,
+        "vocabulary": Checkpoint(out).shape.vocab,
         **{name: values[0] if len(set(values)) == 1 else values for name, values in widths.items()},
     }
     if as_json:
@@ -103,5 +105,8 @@ def prune(
         f"(neurons in steps of {step}): {spans['heads']} query heads, {spans['kv_heads']} key/value heads, "
         f"{spans['neurons']} neurons a layer"
     )
+    before = Checkpoint(checkpoint_folder(source)).shape.vocab
+    if before != summary["vocabulary"]:
+        console.print(f"{before:,} -> {summary['vocabulary']:,} tokens, by their use in the corpus")
     loader = "stock transformers" if len(set(layers)) == 1 else "edgeprune.load_checkpoint (layers differ)"
     console.print(f"written to {out}; loads in {loader}", soft_wrap=True)

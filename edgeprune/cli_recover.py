@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from edgeprune.cli_look import AsJson
+from edgeprune.cli_look import MOST_SEED, AsJson
 from edgeprune.errors import BadInput
 from edgeprune.output import Stages, console, print_json
 
@@ -73,7 +73,7 @@ def recover(
     ] = None,
     length: Annotated[int | None, typer.Option("--length", min=8, help="Tokens a window.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads. Default: all cores.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the order of the text.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of the order of the text.")] = 0,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -93,6 +93,7 @@ def recover(
     from edgeprune.errors import unknown
     from edgeprune.losses import Mix
     from edgeprune.recipe import RECIPES, Method
+    from edgeprune.recovery import is_main_process
     from edgeprune.recovery import recover as run
     from edgeprune.recovery_inputs import usual_recipe
 
@@ -124,6 +125,8 @@ def recover(
             resume=resume,
             progress=stages,
         )
+    if not is_main_process():
+        return
     if as_json:
         print_json(result.to_json())
         return

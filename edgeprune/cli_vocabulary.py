@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli_look import AsJson
+from edgeprune.cli_look import MOST_SEED, AsJson
 from edgeprune.output import Stages, console, print_json
 
 
@@ -29,7 +29,7 @@ def vocabulary(
     windows: Annotated[
         int, typer.Option("--windows", min=0, help="Windows of 512 tokens on which the model says what it expects.")
     ] = 64,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the choice of windows.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Seed of the choice of windows.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Remove the tokens that a text of yours uses least; every string stays readable."""

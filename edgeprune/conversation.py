@@ -75,7 +75,10 @@ class Conversation:
             logits = self.runtime.forward([token], last_only=True)
             self._cached.append(token)
         self.seconds = time.monotonic() - began
-        self.messages.append({"role": "assistant", "content": self.runtime.decode(tokens)})
+        said = self.runtime.decode(tokens).rstrip(_UNFINISHED)
+        if len(said) > len(told):  # whole characters before one that was cut
+            yield said[len(told) :]
+        self.messages.append({"role": "assistant", "content": said})
 
     def _prompt(self) -> Sequence[int]:
         """Tokens of the conversation, without as many of the oldest turns as do not fit."""

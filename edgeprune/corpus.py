@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from edgeprune.errors import BadInput, missing_extra
 from edgeprune.files import sha256
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
+_HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 TEXT_FIELDS = (
     "text",
     "content",
@@ -79,6 +82,29 @@ def corpus(paths: Sequence[Path]) -> Corpus:
     for file in files:
         digest.update(f"{'.jsonl' in file.suffixes} {sha256(file)}".encode())
     return Corpus(tuple(files), digest.hexdigest())
+
+
+def text_path(name: str, where: object = None) -> Path | None:
+    """The file that `name` means; None where it is the name of a hub dataset, `owner/name` or `owner/name:config`.
+
+    Args:
+        name: what the user gave.
+        where: what an error names; None: the name.
+
+    Raises:
+        BadInput: there is no such file and it is no such name, or a file with a table, which would be read as prose.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        if _HUB_DATASET.fullmatch(name) and not name.endswith((*SUFFIXES, *_TABLES, ".json", ".gz")):
+            return None
+        remedy = "give a text or JSONL file, or a hub dataset as owner/name"
+        raise BadInput("no such file" if where is None else f"no file {name}", where=where or name, remedy=remedy)
+    if path.is_dir():
+        raise BadInput("a folder, not a file", where=path, remedy="give a text or JSONL file")
+    if path.suffix in _TABLES:
+        raise BadInput("a table, not text", where=path, remedy='write it as JSONL: {"text": "…"} on each line')
+    return path
 
 
 def record_text(record: Any, fields: Sequence[str] = TEXT_FIELDS) -> str:

@@ -186,8 +186,8 @@ def predict(
         n_layers: decoder layers.
         weights_bytes: bytes of all weights in memory.
         kv_bytes: bytes of the key/value cache at `context` tokens, in the runtime's own type.
-        repack_bytes: bytes of weights that the runtime copies into another layout at load; llama.cpp does so with
-            the Q4_0 tensors of the layers, and keeps the mapped file beside them.
+        repack_bytes: bytes of weights that the runtime would copy into another layout at load, were all of them on the
+            processor (`runtimes.llamacpp_repack`); the mapped file stays beside them.
         threads: CPU threads (default: the profile's).
         context: tokens the cache is made for.
         file_bytes: size of the file (default: `weights_bytes`).
@@ -244,7 +244,8 @@ def predict(
         each = cores / (parameters / 1e9)
         prefill = Prediction(rate.value * each, rate.low * each, rate.high * each)
     size = weights_bytes if file_bytes is None else file_bytes
-    held = (weights_bytes + kv_bytes + repack_bytes) / MIB
+    copied = repack_bytes * (1.0 if backend == "cpu" else 1 - part.share)  # a GPU has no such copies
+    held = (weights_bytes + kv_bytes + copied) / MIB
     left = None
     if part.share < 1:
         held, left = part.gpu_bytes / MIB, held - part.gpu_bytes / MIB

@@ -391,15 +391,24 @@ def _user_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder.is_dir() else {}
 
 
-def list_profiles() -> list[DeviceProfile]:
+def list_profiles(broken: Callable[[BadInput], None] | None = None) -> list[DeviceProfile]:
     """All profiles by name: the built-in ones, and the user's, which take precedence.
 
+    Args:
+        broken: is told of each file in the user's profile folder that is broken; None: the first is raised.
+
     Raises:
-        BadInput: a file in the user's profile folder is broken.
+        BadInput: as said.
     """
     profiles = {profile.name: profile for profile in _built_in()}
     for path in _user_files().values():
-        profile = read_profile(path)
+        try:
+            profile = read_profile(path)
+        except BadInput as error:
+            if broken is None:
+                raise
+            broken(error)
+            continue
         profiles[profile.name] = profile
     return sorted(profiles.values(), key=lambda profile: profile.name)
 
@@ -421,8 +430,11 @@ def load_profile(name_or_path: str) -> DeviceProfile:
     if re.match(_NAME, name) and name in user:  # found by its file name: other broken files do not matter
         return read_profile(user[name])
     known: dict[str, DeviceProfile] = {}
-    for profile in list_profiles():
+    broken: list[BadInput] = []
+    for profile in list_profiles(broken.append):
         known |= dict.fromkeys(profile.names, profile)
+    if name not in known and broken:
+        raise broken[0]  # it may be the one
     if name not in known:
         raise unknown("device", name_or_path, [*known, "host"])
     return known[name].called(name)

@@ -17,6 +17,7 @@ from edgeprune.files import cache_dir
 from edgeprune.models import checkpoint_folder, load, resolve
 from edgeprune.quality import Quality, TextQuality, evaluate, evaluate_text
 from edgeprune.reference import make_reference
+from edgeprune.runtimes import runtime_for
 from edgeprune.runtimes.settings import Value
 
 _WINDOWS = 16
@@ -123,6 +124,8 @@ def evaluate_file(
         )
     if (data or limit) and not tasks:
         raise BadInput("no tasks to take items of", where="--data, --limit", remedy="add --tasks NAMES")
+    runtime_for(path)  # that it is a model's
+    held_out = None if text is None else _joined(text)
     windows = windows or _WINDOWS
     there = place(board, threads)
 
@@ -136,7 +139,8 @@ def evaluate_file(
     quality: TextQuality | None = None
     if reference is not None:
         source = checkpoint_folder(resolve(reference))
-        held_out = _joined(text) if text else _own_text(source, windows, length, progress)
+        if held_out is None:
+            held_out = _own_text(source, windows, length, progress)
         folder = make_reference(
             source,
             held_out,
@@ -157,10 +161,10 @@ def evaluate_file(
             progress=tell("running the file"),
             execute=there.execute,
         )
-    elif text is not None:
+    elif held_out is not None:
         quality = evaluate_text(
             path,
-            _joined(text),
+            held_out,
             length=length,
             threads=there.threads,
             timeout_s=_TIMEOUT_S,

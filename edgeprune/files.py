@@ -43,8 +43,10 @@ def sha256(path: Path) -> str:
 def _is_full(folder: Path, error: Exception) -> bool:
     """Whether `error` came of a full disk. Not every library says so: numpy gives no errno, safetensors a text, and
     llama.cpp only that a stream failed; so what is left free is looked at as well, before anything is cleaned up."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
+    if isinstance(error, BadInput):
+        return False  # it knows what it came of
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
     if any(phrase in str(error) for phrase in ("No space left", "Not enough free space")):
         return True
     with contextlib.suppress(OSError):
@@ -206,9 +208,19 @@ def result_folder(path: Path, *marks: str) -> Path:
         raise BadInput("is the folder you are in", where=path, remedy="name a folder inside it with --out")
     if path.is_dir() and any(path.iterdir()) and not any((path / mark).is_file() for mark in marks):
         raise BadInput("holds something else, which would be lost", where=path, remedy="give --out a new folder")
-    parent = _parent(path)
+    writable(path)
+    return path
+
+
+def writable(path: Path) -> None:
+    """That `path` can be written, told before hours are spent on what it is to hold; the folder around it is made.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    parent = path if path.is_dir() else _parent(path)
     with _disk_errors(path, parent), tempfile.TemporaryDirectory(prefix=".edgeprune-", dir=parent):
-        return path  # told now, not when hours have been spent
+        pass
 
 
 def write_text(path: Path, text: str) -> None:

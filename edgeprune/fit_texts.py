@@ -7,13 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.calibration import TextSet, held_out_text, read_texts, read_weighted, text_set, too_few, weighted_texts
-from edgeprune.corpus import corpus, up_to
+from edgeprune.calibration import (
+    TextSet,
+    first_ids,
+    held_out_text,
+    read_texts,
+    read_weighted,
+    text_set,
+    too_few,
+    weighted_texts,
+)
+from edgeprune.corpus import corpus, text_path, up_to
 from edgeprune.distillation.distil import distil
 from edgeprune.errors import BadInput
 from edgeprune.files import sha256
 from edgeprune.making import RecoveryText
-from edgeprune.models import HUB_ID, Model
+from edgeprune.models import Model
 from edgeprune.pruning import CALIBRATION_LENGTH, CALIBRATION_TEXTS, GIVEN_TEXTS
 from edgeprune.search import METHOD as OBS
 
@@ -74,11 +83,11 @@ def check_texts(settings: FitOptions) -> None:
     if settings.corpus:
         corpus(settings.corpus_paths)
     for name, option in ((settings.calibration, "--calibration"), (settings.held_out, "--held-out")):
-        path = None if name is None else Path(name).expanduser()
-        if path is None or (not path.exists() and option == "--calibration" and HUB_ID.fullmatch(str(name))):
+        path = None if name is None else text_path(name, option)
+        if path is None:
+            if name is not None and option == "--held-out":
+                raise BadInput(f"no file {name}", where=option, remedy="give a text or JSONL file")
             continue
-        if not path.exists():
-            raise BadInput(f"no file {name}", where=option, remedy="give a text or JSONL file")
         trains = settings.recovery_s and option == "--calibration"
         for _ in read_weighted(path) if trains else read_texts(path):
             pass
@@ -102,9 +111,18 @@ def _distilled(model: Path, student: Path | None, settings: FitOptions, out: Pat
 
 
 def held_out(model: Model, settings: FitOptions, progress: Progress | None) -> tuple[str, str]:
-    """The text to judge on, and where it is from."""
+    """The text to judge on, and where it is from.
+
+    Raises:
+        BadInput: a text that is too short.
+    """
     if settings.held_out is not None:
-        return "\n\n".join(read_texts(Path(settings.held_out).expanduser())), settings.held_out
+        text, needed = "\n\n".join(read_texts(Path(settings.held_out).expanduser())), HELD_OUT_WINDOWS * HELD_OUT_LENGTH
+        if (tokens := len(first_ids(model.tokenizer, text, needed))) < needed:
+            remedy = "give a longer one, or leave the option out"
+            told = f"the text has {tokens:,} tokens, and {needed:,} are judged on"
+            raise BadInput(told, where=f"--held-out {settings.held_out}", remedy=remedy)
+        return text, settings.held_out
     own = held_out_text(
         model,
         windows=HELD_OUT_WINDOWS,

@@ -160,6 +160,13 @@ def prepare(
         raise BadInput(
             f"context {budget.context} is more than the model's {shape.max_positions}", remedy="ask for less"
         )
+    for target in options.targets:
+        if budget.context > (longest := target.format.longest(shape)):
+            raise BadInput(
+                f"beyond {longest} tokens {target.runtime} computes another model, since it knows no window there",
+                where=f"context {budget.context}",
+                remedy=f"add --context {longest}, or --runtime with another",
+            )
     dense = tuple(dense_candidates(shape, options.targets, profile, budget))
     lacking = not all(candidate.fits for candidate in dense)
     made = (options.limit or LIMIT_OBS) if lacking and shape.uniform else 0
@@ -236,13 +243,13 @@ def _fit(
             shutil.rmtree(out / folder, ignore_errors=True)
 
     loaded = load(source)
-    calibration = calibration_text(loaded, settings, out / DISTILLED, progress)
-
-    # The reference: what the dense model says of held-out text, once.
+    # Before calibration text, which may take minutes to write: one that is too short is told at once.
     text, text_source = held_out(loaded, settings, progress)
+    calibration = calibration_text(loaded, settings, out / DISTILLED, progress)
     model_hash = loaded.hash
     scores = cached_scores(loaded, calibration, progress=progress) if settings.method == AMP else None
     del loaded  # the runtimes run in processes of their own; this one's copy of the weights is done with
+    # The reference: what the dense model says of held-out text, once.
     reference = make_reference(
         source,
         text,

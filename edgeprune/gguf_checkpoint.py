@@ -222,7 +222,8 @@ def llama3_scaling(factors: NDArray[np.float32], shape: ModelShape) -> dict[str,
     if np.allclose(values, 1.0, rtol=_ROTARY_TOLERANCE):
         return {}
     for candidate in (8.0, 32.0, _shortest(values.max())):
-        for low, high, length in ((1.0, 4.0, 8192), _solve(values, candidate, shape)):
+        solved = (_solve(values, candidate, shape, digits) for digits in (2, 4, 6))  # round numbers are likelier
+        for low, high, length in ((1.0, 4.0, 8192), *solved):
             scaling = {
                 "rope_type": "llama3",
                 "factor": candidate,
@@ -237,8 +238,9 @@ def llama3_scaling(factors: NDArray[np.float32], shape: ModelShape) -> dict[str,
     return None
 
 
-def _solve(values: NDArray[np.float64], factor: float, shape: ModelShape) -> tuple[float, float, int]:
-    """Bounds and original length of factors between 1 and `factor`; (0, 0, 0) when fewer than two lie between."""
+def _solve(values: NDArray[np.float64], factor: float, shape: ModelShape, digits: int) -> tuple[float, float, int]:
+    """Bounds, the upper one to so many decimals, and original length of factors between 1 and `factor`; (0, 0, 0) when
+    fewer than two lie between."""
     between = (values > 1.0 + 1e-6) & (values < factor * (1 - 1e-6))
     if between.sum() < 2:
         return 0.0, 0.0, 0
@@ -248,7 +250,7 @@ def _solve(values: NDArray[np.float64], factor: float, shape: ModelShape) -> tup
     slope, start = np.polyfit(frequencies, share, 1)
     if start >= 0 or slope <= 0:
         return 0.0, 0.0, 0
-    high = round(1 - 1 / start, 4)
+    high = round(1 - 1 / start, digits)
     return 1.0, high, round(slope * 2 * math.pi * (high - 1.0))
 
 

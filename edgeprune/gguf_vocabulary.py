@@ -30,6 +30,13 @@ from edgeprune.tokenizer import (
     PreTokenizer,
 )
 
+# Tokens that end an answer in llama.cpp whatever the file says (llama-vocab.cpp).
+_KNOWN_ENDS = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
+    *("<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>"),
+)
+_PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")  # which its rule for Phi-3 looks up
+
 
 def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a Hugging Face folder, as transformers loads it.
@@ -93,12 +100,22 @@ def recognise(node: Mapping[str, Any] | None, *, ignore_merges: bool, where: obj
     return next((pre for pre in fitting if pre.ignore_merges == ignore_merges), fitting[0])
 
 
-def gguf_vocabulary(folder: Path, n_vocab: int) -> dict[str, Value]:
+def strips_as_phi3(folder: Path) -> bool:
+    """Whether special tokens of a folder's tokenizer take the space after them away, and it has those that do not."""
+    backend = load_tokenizer(folder).backend_tokenizer
+    stripping = any(token["rstrip"] for token in json.loads(backend.to_str())["added_tokens"])
+    return stripping and all(backend.token_to_id(token) is not None for token in _PHI3_TOKENS)
+
+
+def gguf_vocabulary(folder: Path, n_vocab: int, ends: Sequence[int] = (), bos: int | None = None) -> dict[str, Value]:
     """The `tokenizer.*` metadata of a Hugging Face folder's tokenizer, ready to write.
 
     Args:
         folder: the folder.
         n_vocab: rows of the embedding; ids without a token become unused ones.
+        ends: ids that end an answer by the model's configs; they count where the tokenizer names none, and one that
+            llama.cpp would not know is told as the end of a turn.
+        bos: the id that begins a text, likewise.
 
     Raises:
         BadInput: no tokenizer, one of a kind or structure not in the table, or one larger than the embedding.
@@ -131,6 +148,11 @@ def gguf_vocabulary(folder: Path, n_vocab: int) -> dict[str, Value]:
     put("tokens", tokens, ValueType.ARRAY, ValueType.STRING)
     put("token_type", types, ValueType.ARRAY, ValueType.INT32)
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in SPECIAL_KEYS}
+    # Without these llama.cpp takes ids of its own: 11 in a byte-level vocabulary, which may be "+".
+    ids["eos"] = ends[0] if ids["eos"] is None and ends else ids["eos"]
+    ids["bos"] = bos if ids["bos"] is None else ids["bos"]
+    if unknown := [end for end in ends if end != ids["eos"] and end < n_vocab and tokens[end] not in _KNOWN_ENDS]:
+        put("eot_token_id", unknown[0], ValueType.UINT32)
     for role, key in SPECIAL_KEYS.items():
         if ids[role] is not None:
             put(key, ids[role], ValueType.UINT32)
@@ -150,6 +172,11 @@ def _listing(
     backend: Tokenizer, spec: Mapping[str, Any], n_vocab: int, *, sentencepiece: bool, where: Path
 ) -> tuple[list[str], list[int]]:
     vocabulary = backend.get_vocab(with_added_tokens=True)
+    # Gemma 3's text models have the tokenizer of those that see, whose last token no row is for.
+    beyond = {token["content"] for token in spec["added_tokens"] if token["id"] >= n_vocab}
+    if beyond:
+        warnings.warn(f"tokens without a row in the embedding are left out: {', '.join(sorted(beyond))}", stacklevel=2)
+    vocabulary = {token: index for token, index in vocabulary.items() if token not in beyond}
     if max(vocabulary.values(), default=-1) >= n_vocab:
         raise BadInput(f"the tokenizer has more tokens than the embedding's {n_vocab} rows", where=where)
     tokens = [f"[PAD{index}]" for index in range(n_vocab)]
@@ -164,6 +191,8 @@ def _listing(
         if missing := [byte for byte in map("<0x{:02X}>".format, range(256)) if byte not in vocabulary]:
             raise BadInput(f"a tokenizer with byte fallback but without the token {missing[0]}", where=where)
     for token in spec["added_tokens"]:
+        if token["id"] >= n_vocab:
+            continue
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     if sentencepiece and spec["model"]["unk_token"] in vocabulary:
         types[vocabulary[spec["model"]["unk_token"]]] = UNKNOWN

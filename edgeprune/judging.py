@@ -130,6 +130,8 @@ def verdict(chosen: Candidate, trial: Trial, profile: DeviceProfile, budget: Bud
         over = quality.over_nats
         figures = f"measured loss over dense {over.mean:.3f} ({over.low:.3f}–{over.high:.3f}) nats a dense token"
         poor = over.mean > POOR_LOSS
-    return f"fits {profile.name}: {chosen}; {speed} tokens/s{asked}, {memory} MiB; {figures}" + (
-        "; POOR QUALITY: a budget this tight needs recovery, or a larger budget" if poor else ""
-    )
+    line = f"fits {profile.name}: {chosen}; {speed} tokens/s{asked}, {memory} MiB; {figures}"
+    if not poor:
+        return line
+    training = "" if chosen.dense else "longer recovery, or " if chosen.recovery_s else "recovery, or "
+    return f"{line}; POOR QUALITY: a budget this tight needs {training}to be larger"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.checkpoint import GGUF_TOKENIZER, TOKENIZER_FILES, Checkpoint
 from edgeprune.errors import BadInput, missing_extra, unknown
 from edgeprune.fetch import DEMO_MODELS, demo_model
-from edgeprune.files import cache_dir, read_json, sha256, write_json
+from edgeprune.files import cache_dir, read_json, sha256, write_json, write_text
 from edgeprune.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -25,16 +25,18 @@ Say = Callable[[str], None]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Everything a model needs and nothing that can run code: no pickles, no Python files.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "README.md"]
-_HUB_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY.md"]
-LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL")
+_HUB_FILES += [
+    f"{name}*" for name in ("LICENSE", "LICENCE", "License", "license", "COPYING", "NOTICE", "Notice", "USE_POLICY")
+]
+_LICENCE = re.compile(r"(licen[cs]e|copying)([._-].*)?", re.IGNORECASE)
+_NOTICE = re.compile(r"(notice|use_policy)([._-].*)?", re.IGNORECASE)  # what a licence may ask to go along
+_MOST_TERMS = 1 << 20  # bytes of such a file
+CARD = "README.md"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What a config says of code to run at load (transformers fetches attention kernels from the hub), and a tokenizer's of
 # files elsewhere: nothing that we write asks for that.
 CODE_KEYS = ("auto_map", "_attn_implementation", "_attn_implementation_internal")
 TOKENIZER_CODE_KEYS = ("auto_map", "tokenizer_file")
-NOTICES = ("NOTICE", "NOTICE.txt", "USE_POLICY.md")  # what a licence may ask to go along
-# Beside the weights and the config: what belongs to a model and is copied along when the model is changed.
-COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", *LICENCES, *NOTICES, GGUF_TOKENIZER, "vocabulary_plan.json")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+def public_name(model: str) -> str:
+    """What others are told of where a model or a text is from: a hub's or demo's name; of a path only its last part."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+
+
 def checkpoint_folder(path: Path, *, say: Say | None = None) -> Path:
     """A Hugging Face folder for `path`: itself, or a GGUF file dequantised once into the cache.
 
@@ -135,9 +142,48 @@ def load(name: str | Path, *, say: Say | None = None) -> Model:
     return Model(load_model(folder), load_tokenizer(folder), folder, checkpoint.shape, checkpoint.hash())
 
 
+def licences(folder: Path) -> list[str]:
+    """Names of the files of a folder that hold the terms of its model."""
+    return _named(folder, _LICENCE)
+
+
+def terms(folder: Path) -> list[str]:
+    """Names of the files of a folder that go with its model wherever that goes: licences and notices."""
+    return [*licences(folder), *_named(folder, _NOTICE)]
+
+
+def _named(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    files = [path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_file()]
+    return sorted(path.name for path in files if path.stat().st_size <= _MOST_TERMS)
+
+
+def companions(folder: Path) -> list[str]:
+    """Names of the files that belong to a model beside weights and config, and go along when it is changed."""
+    named = (*TOKENIZER_FILES, "generation_config.json", *terms(folder), GGUF_TOKENIZER, "vocabulary_plan.json")
+    return [name for name in named if (folder / name).is_file()]
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the files that belong to a model beside its weights (tokenizer, chat template, licence)."""
-    copy_files(source, target, COMPANIONS)
+    copy_files(source, target, companions(source))
+
+
+def copy_licence_name(source: Path, target: Path) -> None:
+    """Let the card of a changed model name the licence that the card of its source names; the rest of that is not of
+    this model."""
+    if licence := stated_licence(source):
+        write_text(target / CARD, f"---\nlicense: {licence}\n---\n")
+
+
+def stated_licence(folder: Path) -> str | None:
+    """The `license:` of a model card's front matter; for "other" the `license_name:` that goes with it."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
+    stated = dict(re.findall(r"^(license|license_name): *([\w.\-]+) *$", front[1], re.MULTILINE)) if front else {}
+    licence = stated.get("license")
+    return stated.get("license_name", licence) if licence == "other" else licence
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
@@ -157,5 +203,5 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> list[str]:
 
 def companions_hash(folder: Path) -> str:
     """SHA-256 over a checkpoint's tokenizer, chat template and what else lies beside its weights."""
-    depends = [(name, sha256(folder / name)) for name in COMPANIONS if (folder / name).is_file()]
+    depends = [(name, sha256(folder / name)) for name in companions(folder)]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()

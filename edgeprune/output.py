@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgeprune.proposal import Proposal
 
 # Where there is no terminal to fit into, tables get room for what they hold.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+console = Console(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 160)
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 errors = Console(stderr=True, highlight=False)
 
@@ -96,14 +96,42 @@ class Stages:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text; `**bold**` as in Markdown is bold. Too narrow a terminal wraps cells, never cuts them."""
+    """Print rows of text; `**bold**` as in Markdown is bold. Too narrow a terminal wraps cells, never cuts them; one
+    too narrow for the numbers gets a block for each row."""
+    widths = _widths([header, *rows], console.width - 3 * len(header) - 1) if len(header) > 2 else [None] * len(header)
+    if widths is None:
+        _print_blocks(title, header, rows)
+        return
     table = Table(title=escape(title), title_justify="left", header_style="bold")
-    for i, name in enumerate(header):
-        table.add_column(escape(name), overflow="fold", no_wrap=i == 0)
+    for name, width in zip(header, widths, strict=True):
+        table.add_column(escape(name), overflow="fold", width=width)
     for row in rows:
         bold = any(cell.startswith("**") for cell in row)
         table.add_row(*(escape(cell.strip("*")) for cell in row), style="bold" if bold else None)
     console.print(table)
+
+
+def _widths(rows: Sequence[Sequence[str]], room: int) -> Sequence[int | None] | None:
+    """Widths of columns in a terminal with `room` for them, so that no cell breaks within a word, but for a long one of
+    a row's first; None where there is no room for that."""
+    columns = list(zip(*rows, strict=True))
+    least = [max(len(word) for cell in column for word in [*cell.split(), ""]) for column in columns]
+    least[0] = min(least[0], max(20, -(-least[0] // 3)))
+    wanting = [max(map(len, column)) - width for column, width in zip(columns, least, strict=True)]
+    spare = room - sum(least)
+    if spare >= sum(wanting):
+        return [None] * len(columns)  # whatever they take
+    return None if spare < 0 else [w + spare * more // sum(wanting) for w, more in zip(least, wanting, strict=True)]
+
+
+def _print_blocks(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    console.print(f"[italic]{escape(title)}[/]")
+    wide = max(map(len, header[1:]))
+    for row in rows:
+        first, *rest = (escape(cell.strip("*")) for cell in row)
+        console.print(f"[bold]{first}[/]")
+        for name, cell in zip(header[1:], rest, strict=True):
+            console.print(f"  {escape(name):{wide}}  {cell}")
 
 
 def print_prediction(found: DevicePrediction) -> None:

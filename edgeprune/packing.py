@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -144,12 +145,14 @@ def order(indices: Tensor, position: int, count: int, seed: int) -> Tensor:
 
     The sequence depends on the seed alone, so a position is all that resuming needs.
     """
-    return torch.stack([each for _, each in zip(range(count), _sequence(indices, position, seed), strict=False)])
+    parts: list[Tensor] = []
+    while count > 0:
+        epoch, start = divmod(position, len(indices))
+        parts.append(_shuffled(len(indices), seed * 1_000_003 + epoch)[start : start + count])
+        position, count = position + len(parts[-1]), count - len(parts[-1])
+    return indices[torch.cat(parts)]
 
 
-def _sequence(indices: Tensor, position: int, seed: int) -> Iterator[Tensor]:
-    epoch, start = divmod(position, len(indices))
-    while True:
-        shuffled = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        yield from indices[shuffled[start:]]
-        epoch, start = epoch + 1, 0
+@lru_cache(maxsize=2)  # a step takes few of many
+def _shuffled(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))

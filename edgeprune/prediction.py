@@ -13,9 +13,12 @@ from edgeprune.devices import Budget, DeviceProfile
 from edgeprune.errors import BadInput
 from edgeprune.export.gguf_mixtures import QUANTISATIONS
 from edgeprune.export.gguf_mixtures import quantisation as known_mixture
+from edgeprune.export.gguf_types import recipe
 from edgeprune.runtimes.gguf_file import GgufFile
-from edgeprune.targets import REPACKED, target_for
+from edgeprune.runtimes.llamacpp_repack import repacked_bytes
+from edgeprune.targets import target_for
 
+MULTIPLE = 32  # of all widths, where they are not known
 KV_SHARE = 0.25  # of the hidden size, where only the size of a model is known: four query heads to a key/value head
 
 
@@ -80,6 +83,8 @@ def predict_file(
         BadInput: a broken file, a folder without `quantisation`, or a quantisation for a file that has one.
     """
     budget = Budget.of(profile, context=context)
+    if not path.exists():
+        raise BadInput("no such file or folder", where=path)
     if path.is_file():
         if quantisation:
             raise BadInput("a file has its quantisation already", where=path, remedy="leave --quant out")
@@ -117,12 +122,17 @@ def predict_size(
     """
     if not (1e5 <= parameters <= 1e13 and 1 <= layers <= 10_000 and (size_mib is None or 0 < size_mib < 1e9)):
         raise BadInput("a model needs 1e5 to 1e13 parameters, 1 to 10000 layers and a size above 0")
-    quantisation = next((name for name in QUANTISATIONS if name.lower() == quantisation.lower()), quantisation)
+    wish = recipe(quantisation)
+    if wish.types and size_mib is None:
+        remedy = f"give {wish.kind}, or the file's size with --size-mib"
+        raise BadInput(f"{quantisation}: no size is known of tensors' own types", where="--quant", remedy=remedy)
+    quantisation = wish.kind  # an importance matrix alters no size
     bits = known_mixture(quantisation).bits
     size = round(parameters * bits / 8 if size_mib is None else size_mib * MIB)
     hidden = (parameters / (12 * layers)) ** 0.5  # attention 4 h², MLP 8 h², a layer
     kv_bytes = round(2 * layers * KV_SHARE * hidden * context * 2)
-    repacked = size if QUANTISATIONS[quantisation].base in REPACKED else 0
+    whole = ("blk.all", QUANTISATIONS[quantisation].base, (MULTIPLE, MULTIPLE), size)  # every width is one of it
+    repacked = repacked_bytes([whole], profile.cpu.isa, tied=False)
     cost = predict(
         profile,
         runtime="llamacpp",
@@ -162,9 +172,8 @@ def _cost_of_file(
     name = quantisation_of(file)
     head_dim = file.get(f"{file.architecture}.attention.key_length", int) or embedding[1] // _most_heads(file)
     kv_values = sum(2 * layer.kv_heads * head_dim for layer in file.widths())
-    repacked = sum(
-        tensor.n_bytes for tensor in file.tensors.values() if tensor.name.startswith("blk.") and tensor.type in REPACKED
-    )
+    each = ((tensor.name, tensor.type, tensor.shape, tensor.n_bytes) for tensor in file.tensors.values())
+    repacked = repacked_bytes(each, profile.cpu.isa, tied=tied)
     cost = predict(
         profile,
         runtime="llamacpp",

@@ -17,6 +17,7 @@ from edgeprune.calibration import TextSet, retokenized, text_set, too_few
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.compensated import Origin, prune_compensated
 from edgeprune.corpus import corpus as read_corpus
+from edgeprune.corpus import text_path
 from edgeprune.damage import SCHEMA_VERSION as DAMAGE_SCHEMA
 from edgeprune.damage import DamageTable, measure_damage
 from edgeprune.energy import energy_scores
@@ -255,6 +256,8 @@ def prune(
     paths = [Path(path).expanduser() for path in corpus]
     if paths:
         read_corpus(paths)  # that it is there
+    if calibration is not None:
+        text_path(calibration, "--calibration")  # likewise
     out = result_folder(Path(out), PLAN_FILE)
     if not isinstance(model, Model):
         model = load(model, say=None if progress is None else lambda text: progress(text, 0, 0))

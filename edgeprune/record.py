@@ -21,6 +21,7 @@ from edgeprune.candidates import RATIOS
 from edgeprune.cores import available_cores
 from edgeprune.corpus import corpus
 from edgeprune.errors import BadInput
+from edgeprune.fetch import DEMO_MODELS
 from edgeprune.files import sha256
 from edgeprune.metrics import mean_interval
 from edgeprune.quality import TextQuality, loss_over_dense, quality_from_json
@@ -183,7 +184,12 @@ def fit_record(
         "schema_version": SCHEMA_VERSION,
         "device": proposal.profile.model_dump(mode="json"),
         "budget": proposal.budget.model_dump(mode="json"),
-        "model": {"name": proposal.model, "sha256": model_hash, "parameters": proposal.shape.parameters},
+        "model": {
+            "name": proposal.model,
+            "path": _local(proposal.model),
+            "sha256": model_hash,
+            "parameters": proposal.shape.parameters,
+        },
         "calibration": calibration,
         "held_out": {
             "source": judged_on.source,
@@ -202,6 +208,12 @@ def fit_record(
         "commands": {"again": _command(result, options, device)},
         "seconds": round(seconds, 1),
     }
+
+
+def _local(model: str) -> str | None:
+    """Where a model lies that is a file or folder here, whatever folder a later command is called in; else None."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if model not in DEMO_MODELS and path.exists() else None
 
 
 def _corpus_record(result: FitResult, options: FitOptions, plan: VocabularyPlan | None) -> dict[str, Any] | None:

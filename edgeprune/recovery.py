@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -205,6 +206,7 @@ class _Run:
             asdict(recipe),
             seed,
             seconds,
+            str(dtype),
         ]
         self.state = State(hashlib.sha256(json.dumps(parts).encode()).hexdigest())
         self.best: dict[str, Tensor] = {}
@@ -358,13 +360,21 @@ class _Run:
         return result
 
 
+def is_main_process() -> bool:
+    """Whether this is the process of a launcher's that tells what came of a recovery."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
 def _accelerator() -> Any:
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType
+        from accelerate.utils import DistributedType, InitProcessGroupKwargs
     except ImportError as error:
         raise missing_extra("accelerate", "recover") from error
-    accelerator = Accelerator()
+    # Others wait while one writes text for a fifth of the time; the libraries give up after 10 or 30 minutes.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise StageFailed(
             f"a model split over devices ({accelerator.distributed_type.value}) is not supported",

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgeprune.calibration import first_ids, self_generated
 from edgeprune.checkpoint import Checkpoint
+from edgeprune.corpus import up_to
 from edgeprune.errors import BadInput
 from edgeprune.models import load
 from edgeprune.recipe import RECIPES, Method, Recipe
@@ -57,7 +58,7 @@ def shared_tokenizer(student: Path, teacher: Path, text: Sequence[str] | None) -
     """
     own, other = load_tokenizer(student), load_tokenizer(teacher)
     sizes = [Checkpoint(folder).shape.vocab for folder in (student, teacher)]
-    sample = "".join(text or ())[:_SAMPLE]
+    sample = "".join(up_to(text or (), _SAMPLE, len))[:_SAMPLE]
     same = (
         sizes[0] == sizes[1]
         and own.get_vocab() == other.get_vocab()

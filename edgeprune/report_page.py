@@ -122,8 +122,10 @@ def label(candidate: Json) -> str:
     """A candidate in words."""
     plan = candidate["plan"]
     share = "dense" if not plan["reached_ratio"] else f"{100 * plan['reached_ratio']:.1f} % pruned"
+    tokens = f" ({plan['vocabulary']:,} tokens left)" if "-vocabulary" in candidate["name"] else ""
+    scope = " (MLP)" if plan["scope"] == "mlp" and plan["reached_ratio"] else ""
     recovered = " and recovered" if plan["recovery_s"] else ""
-    return f"{share}{recovered}, {candidate['quantisation']}"
+    return f"{share}{scope}{tokens}{recovered}, {candidate['quantisation']}"
 
 
 def _point(candidate: Json, *, by_kl: bool, chosen: bool) -> Point:

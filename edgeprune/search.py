@@ -43,14 +43,16 @@ _CLOSE = 5e-4  # of a limit: what fits and leaves no more than that is good enou
 _LEAST_STEP = 1e-3  # of the limits, where a plan within them does not fit; doubled each time
 
 
-def sizes(shape: ModelShape, target: Target, budget: Budget) -> Array:
+def sizes(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Budget) -> Array:
     """What a model of `shape` needs: bytes read a token, bytes in memory, bytes of file, (3,)."""
     parts = target.format.parts(shape, target.quantisation)
     weights = sum(parts.values())
     cache = kv_bytes(shape, target, budget.context)
     cached = cache * min(DEFAULT_DEPTH, budget.context) / budget.context
     read = bytes_read_per_token(parts, tied=shape.tied, vocab=shape.vocab) + cached
-    return np.array([read, weights + cache + target.format.repacked(shape, target.quantisation), weights], np.float64)
+    on_cpu = profile.backend_for(target.runtime) == "cpu"
+    copied = target.format.repacked(shape, target.quantisation, profile.cpu.isa) if on_cpu else 0
+    return np.array([read, weights + cache + copied, weights], np.float64)
 
 
 def limits(shape: ModelShape, target: Target, profile: DeviceProfile, budget: Budget) -> Array:
@@ -103,7 +105,7 @@ def best_plan(
         return not judge(cost_of(after, target, profile, budget), budget, profile)
 
     def sizes_of(after: ModelShape) -> Array:
-        return sizes(after, target, budget)
+        return sizes(after, target, profile, budget)
 
     def needs(after: ModelShape) -> Array:
         found = sizes_of(after)

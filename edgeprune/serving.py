@@ -63,7 +63,7 @@ def app_of(model: Path, facts: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise missing_extra(error.name or "fastapi", "serve") from error
     with _without("CONFIG_FILE"):  # which would take the place of everything here
-        served = ServerSettings(host=HOST, api_key=None, root_path="")
+        served = ServerSettings(host=HOST, api_key=None, root_path="", interrupt_requests=False)
         app = create_app(server_settings=served, model_settings=[ModelSettings(**settings)])
     app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
     # A page whose name is made to lead to this machine is of the same origin as the model, but not of its name.

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from edgeprune.checkpoint import Checkpoint
+from edgeprune.checkpoint import NAMED, Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.families import Family
 from edgeprune.files import atomic_folder, write_json
-from edgeprune.models import CODE_KEYS, copy_companions
+from edgeprune.models import CODE_KEYS, copy_companions, copy_licence_name
 from edgeprune.per_layer import KEY, absent_modules, config_widths
 from edgeprune.plan import LayerPlan, PrunePlan, check
 from edgeprune.shape import LayerShape, ModelShape
@@ -171,7 +171,10 @@ def prune_checkpoint(
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
     with atomic_folder(out) as temporary:
         _save_shards(checkpoint, plan, temporary, replaced, progress)
-        write_json(temporary / "config.json", pruned_config(checkpoint.config, after, dtype=dtype))
+        write_json(
+            temporary / "config.json", pruned_config(checkpoint.config, after, dtype=dtype) | {NAMED: checkpoint.name}
+        )
         plan.save(temporary / PLAN_FILE)
         copy_companions(source, temporary)
+        copy_licence_name(source, temporary)
     return out

@@ -6,21 +6,22 @@ A new export format is one entry in `FORMATS`: how to tell bytes before anything
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from edgeprune.errors import BadInput, unknown
+from edgeprune.export.gguf_layout import longest_context
 from edgeprune.export.gguf_types import QUANTISATIONS, canonical, recipe, tensor_types, tensors
 from edgeprune.export.gguf_types import alignment as gguf_alignment
 from edgeprune.export.gguf_types import fallbacks as gguf_fallbacks
 from edgeprune.export.gguf_types import predicted_bytes as gguf_bytes
 from edgeprune.export.onnx_types import MAX_CONTEXT
 from edgeprune.runtimes.gguf_file import tensor_bytes
+from edgeprune.runtimes.llamacpp_repack import repacked_bytes
 from edgeprune.shape import ModelShape
 
-REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"})  # in the layers; ggml-cpu/repack.cpp
 IMATRIX = "imatrix.gguf"  # of the checkpoint to export, in the scratch folder
 
 Parts = Mapping[str, int]  # bytes by part of the model: "embedding", "head", "attention", "mlp", "norms"
@@ -53,9 +54,11 @@ class Format:
         alignment: the number of MLP neurons must be a multiple of this.
         fallbacks: one line for each kind of tensor that cannot have the type asked for.
         per_layer: whether it carries widths that differ from layer to layer, for a model of a shape.
-        repacked: bytes of weights that the runtime keeps a second, reordered copy of.
+        repacked: bytes of weights that the runtime keeps a second, reordered copy of on a processor with these
+            extensions (none: unknown).
         export: writes a checkpoint; see `Export`.
         positions: how many a file for a context is made for; None: it is not made for a number of them.
+        longest: how many positions of a model of a shape the file computes as the model does.
         suffix: of the output path.
     """
 
@@ -67,10 +70,11 @@ class Format:
     types: Callable[[ModelShape, str], Mapping[str, int]]
     alignment: Callable[[str], int]
     fallbacks: Callable[[ModelShape, str], list[str]]
-    repacked: Callable[[ModelShape, str], int]
+    repacked: Callable[[ModelShape, str, Collection[str]], int]
     per_layer: Callable[[ModelShape], bool]
     export: Export
     positions: Callable[[int], int] | None = None
+    longest: Callable[[ModelShape], int] = lambda shape: shape.max_positions
     suffix: str = ""
 
 
@@ -99,14 +103,10 @@ def _export_gguf(
     return quantise(full, out, kind=kind, threads=threads, imatrix=matrix)
 
 
-def _gguf_repacked(shape: ModelShape, kind: str) -> int:
-    """Bytes that llama.cpp copies at load for faster kernels."""
+def _gguf_repacked(shape: ModelShape, kind: str, isa: Collection[str]) -> int:
     types = tensor_types(shape, kind)
-    return sum(
-        tensor_bytes(types[tensor.name], tensor.shape)
-        for tensor in tensors(shape)
-        if types[tensor.name] in REPACKED and tensor.name.startswith("blk.")
-    )
+    each = ((t.name, types[t.name], t.shape, tensor_bytes(types[t.name], t.shape)) for t in tensors(shape))
+    return repacked_bytes(each, isa, tied=shape.tied)
 
 
 def _gguf_types(shape: ModelShape, kind: str) -> Mapping[str, int]:
@@ -157,6 +157,7 @@ FORMATS: dict[str, Format] = {
             alignment=gguf_alignment,
             fallbacks=gguf_fallbacks,
             repacked=_gguf_repacked,
+            longest=longest_context,
             per_layer=lambda shape: shape.family.gguf_per_layer is not None,
             export=_export_gguf,
             suffix=".gguf",
@@ -171,7 +172,7 @@ FORMATS: dict[str, Format] = {
             alignment=lambda _kind: 32,  # the block of MatMulNBits
             fallbacks=lambda _shape, _kind: [],
             # It packs weights anew too, but lets the originals go: the overhead in `cost` was measured with that.
-            repacked=lambda _shape, _kind: 0,
+            repacked=lambda _shape, _kind, _isa: 0,
             per_layer=lambda _shape: True,
             export=_export_onnx,
             positions=lambda context: max(context, MAX_CONTEXT),

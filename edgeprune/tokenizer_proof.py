@@ -70,7 +70,9 @@ def prove_same_ids(gguf: Path, folder: Path, *, texts: Iterable[str] = PROOF_TEX
     trials = list(texts)
     steps = steps_of(spec["pre_tokenizer"], "pretokenizers")
     if not any(step["type"] == "Metaspace" and step["prepend_scheme"] == "first" for step in steps):
-        special = [token["content"] for token in spec["added_tokens"]][:64]
+        with Vocabulary(gguf) as vocabulary:
+            rows = vocabulary.n_vocab
+        special = [token["content"] for token in spec["added_tokens"] if token["id"] < rows][:64]
         trials += [*special, *(f"before {token} after{token}{token}\n{token}" for token in special)]
     if spec["normalizer"] is not None and spec["normalizer"]["type"] == "NFC":
         warnings.warn("the tokenizer composes characters (NFC) and llama.cpp does not", stacklevel=2)

@@ -174,7 +174,10 @@ def wanted_size(
             raise BadInput(f"ratio {ratio:g}", remedy="give a share of all parameters between 0 and 1")
         size = shape.vocab - -(-round(ratio * shape.parameters) // row_parameters(shape))
     assert size is not None
-    rows = min(size, shape.vocab) // multiple * multiple
+    if size >= shape.vocab:
+        told = f"{size} tokens are kept of {shape.vocab}"
+        raise BadInput(told, where="--size", remedy="ask for fewer: there is nothing to remove")
+    rows = size // multiple * multiple
     if rows <= 0:
         share = shape.vocab * row_parameters(shape) / shape.parameters
         raise BadInput(f"no row would be left: the vocabulary is {share:.1%} of all parameters", remedy="ask for less")

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from edgeprune.checkpoint import GGUF_TOKENIZER, Checkpoint
+from edgeprune.checkpoint import GGUF_TOKENIZER, NAMED, Checkpoint
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_writer import write_metadata
 from edgeprune.files import atomic_folder, read_json, result_folder, write_json, write_text
-from edgeprune.models import CODE_KEYS, COMPANIONS
+from edgeprune.models import CODE_KEYS, companions, copy_licence_name
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.tokenizer_file import open_tokenizer
 from edgeprune.surgery import PLAN_FILE as LAYERS_PLAN_FILE
@@ -181,9 +181,10 @@ def prune_vocabulary(
         _save_weights(checkpoint, plan, temporary, progress)
         config = pruned_ids(checkpoint.config, ids, where=folder / "config.json")
         config = {key: value for key, value in config.items() if key not in CODE_KEYS}
-        write_json(temporary / "config.json", config)
+        write_json(temporary / "config.json", config | {NAMED: checkpoint.name})
+        copy_licence_name(folder, temporary)
         _save_tokenizer(folder, ids, temporary)
-        for name in (*COMPANIONS, LAYERS_PLAN_FILE):
+        for name in (*companions(folder), LAYERS_PLAN_FILE):
             if name not in (*_WITH_IDS, *_LEFT_OUT) and (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
         plan.save(temporary / PLAN_FILE)

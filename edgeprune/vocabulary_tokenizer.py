@@ -20,6 +20,7 @@ NO_TOKEN = 0xFFFFFFFF  # llama.cpp's LLAMA_TOKEN_NULL
 _ID_KEYS = ("_token_id", "_token_ids", "_token_index")  # ends of keys that give ids a meaning
 # Other keys of generation_config.json that hold ids, of tokens that are not to be written.
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+_WORDS = "bad_words_ids"  # a list of such lists
 _PER_TOKEN = ("tokens", "scores", "token_type")  # arrays of `tokenizer.ggml.*` with one entry a token
 
 
@@ -123,10 +124,14 @@ def pruned_ids(config: Mapping[str, Any], ids: Renumbering, *, where: object) ->
     for key, value in config.items():
         if key.endswith(_ID_KEYS):
             changed[key] = renumber(value)
-        elif key in _ID_LISTS and value is not None:
-            changed[key] = [ids(old, where=where) for old in value if old in ids]
-        elif key == "bad_words_ids" and value is not None:
-            changed[key] = [renumber(word) for word in value if all(old in ids for old in word)]
+        elif key in (*_ID_LISTS, _WORDS) and value is not None:
+            try:
+                if key == _WORDS:
+                    changed[key] = [renumber(word) for word in value if all(old in ids for old in word)]
+                else:
+                    changed[key] = [ids(old, where=where) for old in value if old in ids]
+            except TypeError as error:
+                raise BadInput(f"{key} lists no ids", where=where, remedy="correct or remove it") from error
         elif key == "vocab_size":
             changed[key] = len(ids.kept)
         elif isinstance(value, Mapping):

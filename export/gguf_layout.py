@@ -152,17 +152,31 @@ def paired_heads(tensor: str, shape: ModelShape) -> int:
     return {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(role, 0)
 
 
+def longest_context(shape: ModelShape) -> int:
+    """Positions a model's file is good for: where llama.cpp knows no window for the architecture, beyond it another
+    model would run."""
+    if shape.narrowest_window is None or _naming(shape) in WINDOWED:
+        return shape.max_positions
+    return min(shape.max_positions, shape.narrowest_window)
+
+
+def _naming(shape: ModelShape) -> str:
+    """The architecture whose names the tensors have."""
+    try:
+        return architecture(shape)
+    except BadInput:
+        return shape.family.gguf_arch
+
+
 @lru_cache(maxsize=8)  # a search asks for a shape's in every format
 def tensors(shape: ModelShape) -> tuple[Tensor, ...]:
     """The tensors of a model's GGUF file, in the order the writer puts them.
 
     Biases are those the shape speaks of; `rope_freqs` is there for llama3's rotary scaling. A part that a layer lacks
-    has none, except for the MLPs of zeros that `gguf_deci.file_layers` puts in.
-
-    Raises:
-        BadInput: as `architecture`.
+    has none, except for the MLPs of zeros that `gguf_deci.file_layers` puts in. Every model has such names, also one
+    that no architecture holds: an importance matrix goes by them, whatever file it is for.
     """
-    family, hidden, arch = shape.family, shape.hidden, architecture(shape)
+    family, hidden, arch = shape.family, shape.hidden, _naming(shape)
     found = [Tensor("token_embd.weight", (shape.vocab, hidden))]
 
     def put(name: str, dimensions: tuple[int, ...], *, bias: bool = False) -> None:
@@ -223,7 +237,7 @@ def source(tensor: str, shape: ModelShape) -> Source:
     if not fused:
         return Source(f"{family.in_layer(index, ROLES[role])}.{suffix}")
     name = f"{family.in_layer(index, fused)}.{suffix}"
-    whole = architecture(shape) == "phi3"  # whose up projection is the fused matrix
+    whole = _naming(shape) == "phi3"  # whose up projection is the fused matrix
     return Source(name) if whole else Source(name, starts[role], of)
 
 

@@ -72,6 +72,9 @@ QUANTISATIONS: dict[str, Quantisation] = {
 BLIND_TYPES = frozenset({"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 
 
+_BLIND_ANYWHERE = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})  # for these ggml ends the process
+
+
 def quantisation(kind: str) -> Quantisation:
     """The entry of `QUANTISATIONS`; raises `BadInput` naming the nearest for an unknown one."""
     if kind not in QUANTISATIONS:
@@ -82,7 +85,7 @@ def quantisation(kind: str) -> Quantisation:
 def needs_imatrix(tensor: str, type_name: str, kind: str) -> bool:
     """Whether the quantiser refuses to make `tensor` a `type_name` in a file of `kind` without an importance matrix."""
     if tensor in ("token_embd.weight", "output.weight"):
-        return False
+        return type_name in _BLIND_ANYWHERE
     return type_name in BLIND_TYPES or (type_name == "Q2_K" and kind == "Q2_K_S")
 
 

@@ -26,6 +26,7 @@ from edgeprune.export.gguf_layout import (
     Tensor,
     architecture,
     biased,
+    longest_context,
     paired_heads,
     query_factor,
     scaled_role,
@@ -34,6 +35,7 @@ from edgeprune.export.gguf_layout import (
 )
 from edgeprune.export.gguf_types import QUANTISATIONS
 from edgeprune.files import atomic_file
+from edgeprune.models import stated_licence
 from edgeprune.runtimes.gguf_file import GgufFile, Value, ValueType
 from edgeprune.shape import ModelShape, rotary_frequencies
 
@@ -42,6 +44,7 @@ try:
 except ImportError as error:
     raise missing_extra("gguf", "prune") from error
 
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 # Of a source's `general.*` these describe the file, not the model.
 FILE_KEYS = {
     "general.architecture",
@@ -89,11 +92,8 @@ def write_gguf(folder: Path, out: Path, *, dtype: Literal["F16", "F32"] = "F16")
     shape = checkpoint.shape
     arch = architecture(shape, where=folder)
     listing = _listing(checkpoint)
-    metadata = {
-        **_general(checkpoint),
-        **_architecture(checkpoint, dtype),
-        **_tokenizer(checkpoint, out),
-    }
+    general = _general(checkpoint)
+    metadata = general | _architecture(checkpoint, dtype) | _tokenizer(checkpoint, out, general)
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         try:
@@ -229,27 +229,19 @@ def _general(checkpoint: Checkpoint) -> dict[str, Value]:
     source = checkpoint.folder / GGUF_TOKENIZER
     if source.is_file():
         values |= {key: value for key, value in GgufFile(source).values("general.").items() if key not in FILE_KEYS}
-    values.setdefault("general.name", Value(_name(checkpoint), ValueType.STRING))
+    values.setdefault("general.name", Value(checkpoint.name, ValueType.STRING))
     license_name = stated_licence(checkpoint.folder)
     if license_name:
         values.setdefault("general.license", Value(license_name, ValueType.STRING))
     return values
 
 
-def _name(checkpoint: Checkpoint) -> str:
-    named = checkpoint.config.get("_name_or_path")
-    return Path(named).name if isinstance(named, str) and named else checkpoint.folder.resolve().name
-
-
-def stated_licence(folder: Path) -> str | None:
-    """The `license:` of a model card's front matter; for "other" the `license_name:` that goes with it."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
-    stated = dict(re.findall(r"^(license|license_name): *([\w.\-]+) *$", front[1], re.MULTILINE)) if front else {}
-    licence = stated.get("license")
-    return stated.get("license_name", licence) if licence == "other" else licence
+def _readable_name(name: str, *, strips: bool) -> str:
+    """A name under which llama.cpp reads the tokenizer as it is: with "phi-3" or "phi3" in it, and only then, special
+    tokens take the space after them away (llama-vocab.cpp)."""
+    if strips:
+        return name if _PHI3.search(name) else f"{name} (phi-3 tokenizer)"
+    return _PHI3.sub("phi 3", name)
 
 
 def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:
@@ -257,7 +249,7 @@ def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:
     arch = architecture(shape)
     whole: dict[str, int] = {
         "block_count": len(shape.layers),
-        "context_length": _context(shape, arch),
+        "context_length": longest_context(shape),
         "embedding_length": shape.hidden,
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
@@ -285,13 +277,6 @@ def _architecture(checkpoint: Checkpoint, dtype: str) -> dict[str, Value]:
     return values
 
 
-def _context(shape: ModelShape, arch: str) -> int:
-    """Positions the file is good for: where llama.cpp knows no window for `arch`, beyond it another model would run."""
-    if arch in WINDOWED or shape.narrowest_window is None:
-        return shape.max_positions
-    return min(shape.max_positions, shape.narrowest_window)
-
-
 def _windows(shape: ModelShape, arch: str) -> dict[str, Value]:
     """Metadata of sliding windows, without the architecture's prefix; only what `arch` reads, and phi3 reports."""
     window = shape.narrowest_window
@@ -312,7 +297,7 @@ def _windows(shape: ModelShape, arch: str) -> dict[str, Value]:
     return values
 
 
-def _tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, Value]:
+def _tokenizer(checkpoint: Checkpoint, out: Path, general: Mapping[str, Value]) -> dict[str, Value]:
     source = checkpoint.folder / GGUF_TOKENIZER
     if source.is_file():
         file = GgufFile(source)
@@ -325,13 +310,17 @@ def _tokenizer(checkpoint: Checkpoint, out: Path) -> dict[str, Value]:
                 remedy=f"remove {GGUF_TOKENIZER} to rebuild the tokenizer from tokenizer.json",
             )
         return file.values("tokenizer.")
-    from edgeprune.gguf_vocabulary import gguf_vocabulary
+    from edgeprune.gguf_vocabulary import gguf_vocabulary, strips_as_phi3
     from edgeprune.tokenizer_proof import prove_same_ids
 
-    values = gguf_vocabulary(checkpoint.folder, checkpoint.shape.vocab)
+    shape = checkpoint.shape
+    values = gguf_vocabulary(checkpoint.folder, shape.vocab, shape.eos, shape.bos)
+    values["general.name"] = Value(
+        _readable_name(general["general.name"].value, strips=strips_as_phi3(checkpoint.folder)), ValueType.STRING
+    )
     # Proved on the vocabulary alone, before gigabytes of weights are written.
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".vocabulary.", dir=out.parent) as scratch:
-        trial = write_metadata(Path(scratch) / "vocabulary.gguf", architecture(checkpoint.shape), values)
+        trial = write_metadata(Path(scratch) / "vocabulary.gguf", architecture(shape), values)
         prove_same_ids(trial, checkpoint.folder)
     return values

@@ -88,11 +88,13 @@ def _importance(imatrix: Path, shape: ModelShape) -> dict[str, torch.Tensor]:
     from edgeprune.export.gguf_imatrix import read_imatrix
     from edgeprune.export.gguf_layout import module_name
 
-    values = read_imatrix(imatrix).values
-    return {
+    found = {
         module_name(name, shape).removesuffix(".weight"): torch.from_numpy(value.copy())
-        for name, value in values.items()
+        for name, value in read_imatrix(imatrix).values.items()
     }
+    if shape.tied:  # the matrix has what the head reads under the name of the one tensor; here there will be two
+        found[shape.family.head] = found.pop(shape.family.embedding)
+    return found
 
 
 def _operators() -> None:

@@ -215,7 +215,7 @@ def _vocabulary(dimensions: Sequence[int | str], path: Path) -> int:
     """Entries of the vocabulary: the logits' last dimension, or what config.json says where that has a name only."""
     if isinstance(dimensions[-1], int):
         return dimensions[-1]
-    size = read_json(path / "config.json").get("vocab_size")
+    size = read_json(model_file(path).parent / "config.json").get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise BadInput("neither the graph nor config.json tells the vocabulary's size", where=path)
     return size

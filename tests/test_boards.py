@@ -337,6 +337,14 @@ def named(board: Board, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     return "loop"
 
 
+def test_boards_are_listed(named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    call("boards", "list", "--json")
+    assert list(json.loads(capsys.readouterr().out)) == [named]
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")
+    call("boards", "list")
+    assert "no boards yet" in capsys.readouterr().out
+
+
 def call(*arguments: object) -> None:
     with pytest.raises(SystemExit) as caught:
         app([str(argument) for argument in arguments])

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from edgeprune.cli import app, main
 from edgeprune.errors import StageFailed
 from edgeprune.export.gguf_writer import write_gguf
-from edgeprune.output import problem, without_controls
+from edgeprune.output import console, print_table, problem, without_controls
 from edgeprune.runtimes.gguf_file import GgufFile
 
 
@@ -74,9 +74,16 @@ def test_every_command_has_help() -> None:
         (["prune", "demo-", "--ratio", "0.1", "--out", "x"], "did you mean 'demo'?"),
         (["bench", "nowhere.gguf"], "no such file"),
         (["eval", "nowhere.gguf"], "nothing to judge on"),
+        (["eval", "nowhere.gguf", "--reference", "demo"], "nowhere.gguf: no such file"),
+        (["compare", "nowhere.gguf", "nowhere.gguf"], "nowhere.gguf: no such file"),
+        (["predict", "nowhere.gguf", "--device", "rpi5"], "nowhere.gguf: no such file"),
+        (["prune", "demo", "--ratio", "0.1", "--calibration", "my/texts.txt", "--out", "x"], "no file my/texts.txt"),
+        (["distill", "nowhere.jsonl", "--tokens", "1k", "--out", "x.jsonl"], "nowhere.jsonl: no such file"),
         (["eval", "x.gguf", "--text", "x.txt", "--windows", "4"], "--windows: without a reference all of the text is"),
         (["eval", "x.gguf", "--text", "x.txt", "--limit", "4"], "--limit: no tasks to take items of"),
         (["inspect", "nowhere"], "no such file"),
+        (["inspect", "n" * 300], "a name longer than this system takes"),
+        (["fit", "--device", "rpi5", "--model", "n" * 300], "a name longer than this system takes"),
         (["export", "demo", "--quant", "int4", "--out", "x.gguf"], "needs a folder"),
         (["export", "demo", "--quant", "Q4_0", "--out", "x"], "ends in .gguf"),
         (["export", "demo", "--quant", "Q4_0", "--out", "x.gguf", "--exporter", "optimun"], "did you mean 'optimum'?"),
@@ -95,7 +102,7 @@ def test_what_nothing_foresaw_is_no_regression(
 ) -> None:
     """Exit code 1 is that of `ci`."""
 
-    def broken() -> None:
+    def broken(_arguments: list[str]) -> None:
         raise AttributeError("no such thing")
 
     monkeypatch.setattr("edgeprune.cli.app", broken)
@@ -104,6 +111,49 @@ def test_what_nothing_foresaw_is_no_regression(
     assert caught.value.code == 4
     told = capsys.readouterr().err
     assert "AttributeError: no such thing" in told and "a bug of edgeprune" in told
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_stream_changes_no_outcome(closed: str) -> None:
+    command = f'"{sys.executable}" -m edgeprune predict --params 1e9 --layers 16 --quant Q4_0:imatrix --device rpi5'
+    done = subprocess.run(["sh", "-c", f"{command} {closed}>&-"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("decode" in done.stdout) == (closed != "1")
+
+
+def test_what_the_output_cannot_write_is_a_question_mark() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeprune", "devices", "show", "rpi5"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        check=False,
+    )
+    assert done.returncode == 0 and b"?" in done.stdout, done.stderr
+
+
+def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "15.4 % pruned, IQ4_NL:embed=IQ4_NL:head=IQ4_NL:imatrix on llamacpp"
+    header = ("candidate", "predicted tokens/s", "measured tokens/s", "predicted MiB", "measured MiB", "KL, nats")
+    row = [name, "151.8 (102–225)", "149.25", "224 (214–244)", "231", "0.3932 (0.353–0.433)"]
+    for width in (60, 80, 100, 240):
+        monkeypatch.setattr(console, "_width", width)
+        print_table("Measured candidates", header, [row])
+        told = capsys.readouterr().out
+        assert max(map(len, told.splitlines())) <= width
+        assert all(number in told for cell in row[1:] for number in cell.split()), width
+
+
+def test_a_home_folder_after_an_equals_sign(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeprune", "export", tiny_folder, "--quant=F16", "--out=~/there/tiny.gguf"],
+        cwd=tmp_path,
+        capture_output=True,
+        env=os.environ | {"HOME": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "there" / "tiny.gguf").is_file() and not (tmp_path / "~").exists()
 
 
 def test_what_is_measured_is_told_whatever_stops_the_rest(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

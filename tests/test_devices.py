@@ -195,6 +195,22 @@ def test_broken_profiles_end_in_one_line(tmp_path: Path, text: str, says: str) -
     assert caught.value.exit_code == 2
 
 
+def test_a_broken_file_of_the_user_stands_in_no_other_devices_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / "edgeprune" / "profiles"
+    folder.mkdir(parents=True)
+    (folder / "mine.toml").write_text("schema_version = ")
+    assert load_profile("rpi5").name == "rpi5"
+    for name in ("mine", "nowhere"):  # which the broken file may have meant to be
+        with pytest.raises(BadInput, match=r"mine\.toml"):
+            load_profile(name)
+    told: list[BadInput] = []
+    assert "rpi5" in [profile.name for profile in list_profiles(told.append)]
+    assert len(told) == 1 and "mine.toml" in str(told[0])
+
+
 def test_files_that_are_no_profiles(tmp_path: Path) -> None:
     large = tmp_path / "large.toml"
     large.write_bytes(b"#" * (MAX_PROFILE_BYTES + 1))

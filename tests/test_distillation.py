@@ -594,6 +594,51 @@ def test_a_label_is_no_part_of_its_text(tiny_folder: Path, tmp_path: Path) -> No
     assert not any(line["text"].endswith(("yes", "no")) for line in lines)
 
 
+def test_a_distilled_file_takes_nothing_elses_place(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus" / "all.jsonl"
+    corpus.parent.mkdir()
+    corpus.write_text(json.dumps({"text": text_file.read_text()}) + "\n")
+    other = tmp_path / "notes.jsonl"
+    other.write_text("{}\n")
+    cases = [(corpus, corpus, "lies in what is distilled"), (corpus.parent, corpus.parent / "few.jsonl", "lies in")]
+    for source, out, message in [*cases, (corpus, other, "none of distill's files")]:
+        with pytest.raises(BadInput, match=message):
+            distil.distil([str(source)], out, model=tiny_folder, tokens=100, method="random")
+    assert other.read_text() == "{}\n" and len(corpus.read_text()) > 100
+    for _ in range(2):  # its own it replaces
+        distil.distil([str(corpus)], tmp_path / "few.jsonl", model=tiny_folder, tokens=100, method="random", length=64)
+    with pytest.raises(BadInput, match="--length: pieces of 512 tokens for a model of 256"):
+        distil.distil([str(corpus)], tmp_path / "few.jsonl", model=tiny_folder, tokens=100, length=512)
+
+
+def test_a_text_under_two_labels_is_one_of_each(tiny_folder: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "split.jsonl", tmp_path / "few.jsonl"
+    same = essay(12, 0)
+    records = [(same, "a"), (same, "b"), (same, "b"), (essay(12, 1), "a")]
+    source.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in records))
+    distil.distil([str(source)], out, model=tiny_folder, per_class=5, method="random", fields=Fields(label="label"))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["label"] for line in lines] == ["a", "a", "b"] and lines[2]["text"] == same
+
+
+def test_soft_data_are_counted_as_they_are(tiny_folder: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "few.jsonl", tmp_path / "soft.safetensors"
+    labels = ["a"] * 6 + ["b"] * 2
+    lines = [json.dumps({"text": essay(6, seed), "label": label}) for seed, label in enumerate(labels)]
+    source.write_text("\n".join(lines) + "\n")
+    made = distil.distil(
+        [str(source)], out, model=tiny_folder, per_class=5, method="soft", fields=Fields(label="label")
+    )
+    assert made.texts == len(SoftSet.load(out).embeddings) == 7
+
+
+def test_a_number_stays_one_as_a_label(tiny_folder: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "stars.jsonl", tmp_path / "few.jsonl"
+    source.write_text("".join(json.dumps({"text": essay(12, n), "label": n % 2}) + "\n" for n in range(20)))
+    distil.distil([str(source)], out, model=tiny_folder, per_class=2, method="random", fields=Fields(label="label"))
+    assert [json.loads(line)["label"] for line in out.read_text().splitlines()] == [0, 0, 1, 1]
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("method", ["best-of", "synthetic"])
 def test_too_few_tokens_are_told(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,16 @@ def test_a_file_to_be_mapped_has_its_place_before_it_is_filled(tmp_path: Path) -
     assert path.read_bytes() == b"head" + bytes(size - 4)
     preallocate(tmp_path / "new", size)
     assert (tmp_path / "new").stat().st_blocks * 512 >= size
+
+
+@pytest.mark.parametrize("error", [BadInput("not a model"), OSError(errno.EIO, "input/output error")])
+def test_what_tells_its_cause_is_not_laid_to_a_disk_that_is_nearly_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(type(error)) as caught, atomic_file(tmp_path / "a"):
+        raise error
+    assert caught.value is error
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:

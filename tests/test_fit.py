@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from conftest import RATIOS, SENTENCES, save_llama, speed_between
+from family_configs import save_tiny
 
 import edgeprune
 from edgeprune.at_hand import judge_measured
@@ -523,6 +524,8 @@ def test_where_every_measurement_fails_that_is_what_is_told(
     [
         ({"held_out": "nowhere.txt"}, "--held-out: no file nowhere.txt"),
         ({"calibration": "nowhere.txt"}, "--calibration: no file nowhere.txt"),
+        ({"calibration": "data/texts.txt"}, "--calibration: no file data/texts.txt"),
+        ({"calibration": "TABLE"}, "table.csv: a table, not text"),
         ({"calibration": "WEIGHED", "recovery_s": 5.0}, "weight"),
     ],
 )
@@ -531,10 +534,38 @@ def test_texts_are_looked_at_before_the_work(
 ) -> None:
     weighed = tmp_path / "weighed.jsonl"
     weighed.write_text('{"text": "some text", "weight": 0}\n')
-    options = {key: str(weighed) if value == "WEIGHED" else value for key, value in options.items()}
+    table = tmp_path / "table.csv"
+    table.write_text("label,text\n1,some text\n")
+    files = {"WEIGHED": str(weighed), "TABLE": str(table)}
+    options = {key: files.get(value, value) for key, value in options.items()}
     profile = load_profile("rpi5")
     with pytest.raises(BadInput, match=where):
         prepare(wide, profile, Budget(context=64), FitOptions(**options))
+
+
+def test_a_context_beyond_what_a_runtime_computes_is_told(tmp_path: Path) -> None:
+    """llama.cpp knows no window in a LLaMA's architecture: beyond it another model would run."""
+    folder = save_tiny(tmp_path / "model", "mistral-window")
+    window = Checkpoint(folder).shape.narrowest_window
+    assert window is not None
+    options, profile = FitOptions(targets=(target_for("Q8_0"),)), load_profile("rpi5")
+    with pytest.raises(BadInput, match=f"beyond {window} tokens llamacpp computes another model.*--context {window}"):
+        prepare(folder, profile, Budget(context=window + 1), options)
+    prepare(folder, profile, Budget(context=window), options)
+    prepare(folder, profile, Budget(context=window + 1), replace(options, targets=(target_for("int8"),)))
+
+
+def test_a_text_too_short_to_judge_on_is_told_before_any_is_written(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(*_: Any, **__: Any) -> None:
+        raise AssertionError("calibration text is written")
+
+    monkeypatch.setattr("edgeprune.fit_texts.text_set", written)
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCES[0])
+    with pytest.raises(BadInput, match=r"--held-out .*text.txt: the text has \d+ tokens, and 96 are judged on"):
+        run(wide, tmp_path / "run", Budget(context=64), targets=["Q8_0"], held_out=str(text))
 
 
 def test_recovery_does_not_begin_when_the_time_is_over(wide: Path, tmp_path: Path) -> None:

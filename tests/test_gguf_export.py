@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeLlama
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -21,9 +21,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.gguf_quantise import QUANTISATIONS, alignment, fallbacks, predicted_bytes, quantise, tensor_types
-from edgeprune.export.gguf_writer import permute, rotary_factors, stated_licence, unpermute, write_gguf
+from edgeprune.export.gguf_writer import permute, rotary_factors, unpermute, write_gguf
 from edgeprune.families import FAMILIES
 from edgeprune.gguf_checkpoint import gguf_to_folder, llama3_scaling
+from edgeprune.models import stated_licence
 from edgeprune.runtimes import open_runtime
 from edgeprune.runtimes.gguf_file import GgufFile, Value
 from edgeprune.runtimes.llamacpp import LlamaCpp
@@ -144,6 +145,45 @@ def test_sharded_bfloat16_folder(make_llama: MakeLlama, tmp_path: Path) -> None:
     assert (weights(back)[name] == Checkpoint(folder).tensor(name)).all()
 
 
+def test_an_end_that_only_the_configs_name_ends_answers(make_llama: MakeLlama, tmp_path: Path) -> None:
+    """Without ids in the file llama.cpp takes 11, which is a character here, for both ends of a text."""
+    folder = make_llama(eos_token_id=7, bos_token_id=5)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for role in ("eos_token", "bos_token"):
+        settings.pop(role)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    path = write_gguf(folder, tmp_path / "model.gguf")
+    file = GgufFile(path)
+    keys = ("eos_token_id", "bos_token_id", "eot_token_id")
+    assert [file.metadata[f"tokenizer.ggml.{key}"] for key in keys] == [7, 5, 9]
+    assert set(end_ids(file)) >= {7, 9}
+
+
+@pytest.mark.parametrize("name", ["my-phi3-like", "tiny-Phi-3"])
+def test_a_name_that_llamacpp_has_a_rule_for_is_no_obstacle(name: str, make_llama: MakeLlama, tmp_path: Path) -> None:
+    folder = make_llama().rename(tmp_path / name)
+    path = write_gguf(folder, tmp_path / "model.gguf")
+    assert "phi 3" in str(GgufFile(path).metadata["general.name"]).lower()
+    with closing(LlamaCpp(path, n_ctx=32, threads=1)) as runtime:
+        assert runtime.forward([1, 2, 3]).shape[0] == 3
+
+
+def test_tokens_without_a_row_are_left_out(make_llama: MakeLlama, tmp_path: Path) -> None:
+    """As of Gemma 3's text models, whose tokenizer has a token for images."""
+    folder = make_llama()
+    rows = Checkpoint(folder).shape.vocab
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(folder)
+    assert len(tokenizer) > rows
+    with pytest.warns(UserWarning, match="without a row in the embedding are left out: <image_soft_token>"):
+        path = write_gguf(folder, tmp_path / "model.gguf")
+    with closing(LlamaCpp(path, n_ctx=32, threads=1)) as runtime:
+        assert runtime.n_vocab == rows
+
+
 def test_bias_of_compensation_is_written(make_llama: MakeLlama, tmp_path: Path) -> None:
     folder = make_llama()
     changed = weights(folder)
@@ -221,6 +261,7 @@ BASE = ModelShape(
     st.sampled_from([1e4, 5e5]),
 )
 @settings(max_examples=60, deadline=None)
+@example(2.0, 1.65625, 6568, 128, 1e4)
 def test_llama3_scaling_is_found_again(factor: float, high: float, length: int, head_dim: int, theta: float) -> None:
     scaling = LLAMA3 | {"factor": factor, "high_freq_factor": high, "original_max_position_embeddings": length}
     shape = replace(BASE, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)

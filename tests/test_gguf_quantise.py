@@ -310,5 +310,6 @@ def test_some_types_need_a_matrix(tiny: Model) -> None:
     aligned = replace(tiny.shape, hidden=256)
     assert not needing_imatrix(tiny.shape, "IQ3_XS")  # rows of 64 get IQ4_NL, which needs none
     assert "blk.0.attn_q.weight" in needing_imatrix(aligned, "IQ3_XS")
-    assert "token_embd.weight" not in needing_imatrix(aligned, "IQ2_XXS:embed=IQ2_XXS")
+    assert "token_embd.weight" in needing_imatrix(aligned, "IQ2_XXS:embed=IQ2_XXS")  # for these ggml ends the process
+    assert "token_embd.weight" not in needing_imatrix(aligned, "IQ2_XXS:embed=IQ3_XXS")
     assert needing_imatrix(aligned, "Q2_K_S") and not needing_imatrix(aligned, "Q2_K")

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from edgeprune.checkpoint import Checkpoint
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, StageFailed
 from edgeprune.export.onnx_bundle import with_plain_decoder
 from edgeprune.export.onnx_graph import export_onnx
 from edgeprune.export.onnx_quant import dequantise, quantise
@@ -112,6 +112,22 @@ def test_stored_weights_are_the_ones_computed_with(
     assert divergence(expected, logits) < (1e-8 if precision == "fp16" else 2e-3)
     if precision.startswith("int4"):
         assert divergence(expected, logits) < divergence(dense, logits) / 10
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_optimum_makes_another_model_of_is_refused(make_llama: MakeLlama, tmp_path: Path) -> None:
+    """The installed transformers does not read what its next version writes of rotary embeddings."""
+    folder = make_llama()
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_theta", None)
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 50.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StageFailed, match="another model"):
+        export_optimum(folder, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="no safetensors"):
+        export_optimum(folder, tmp_path / "onnx")
 
 
 @pytest.mark.filterwarnings("ignore")  # of the tracing exporter's own

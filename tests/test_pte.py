@@ -13,11 +13,13 @@ from conftest import save_llama
 from family_configs import TINY, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_heterogeneous_families import differing_plan
 from torch import nn
 
 pytest.importorskip("executorch")
 
 from edgeprune import ship, verify
+from edgeprune.checkpoint import Checkpoint
 from edgeprune.errors import BadInput
 from edgeprune.export.pte_quant import GROUP, codes
 from edgeprune.export.pte_writer import write_pte
@@ -76,6 +78,25 @@ def test_codes_are_no_further_off_than_the_widest_scale(seed: int, size: float, 
     assert bool((error <= plain_error * 1.02 + 1e-12).all())  # scales are rounded to bfloat16
     _, scales = codes(weight)
     assert bool((scales > 0).all()) and torch.equal(scales, scales.bfloat16().float())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_importance_goes_where_it_was_measured(tied: bool, tmp_path: Path) -> None:
+    """What the head reads is the head's, also where the matrix has it under the name of the one tensor of a tied model;
+    and a model that no GGUF architecture holds has one too."""
+    from edgeprune.export.gguf_imatrix import write_imatrix
+    from edgeprune.export.pte_writer import _importance
+    from edgeprune.imatrix import importance_matrix
+    from edgeprune.models import load
+    from edgeprune.surgery import prune_checkpoint
+
+    folder = save_tiny(tmp_path / "model", "qwen3", tie_word_embeddings=tied)
+    out = prune_checkpoint(folder, differing_plan(Checkpoint(folder).shape), tmp_path / "pruned")
+    pruned = load(out)
+    assert not pruned.shape.uniform
+    ids = [torch.arange(1, 20)]
+    found = _importance(write_imatrix(importance_matrix(pruned, ids), tmp_path / "m.gguf"), pruned.shape)
+    assert "lm_head" in found and "model.embed_tokens" not in found
 
 
 def test_columns_that_matter_are_nearer() -> None:

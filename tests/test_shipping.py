@@ -32,11 +32,11 @@ from edgeprune import load_checkpoint, ship, verify
 from edgeprune.bundle import chat_template
 from edgeprune.chat import TRIALS, ChatParts, Message, Render, chat_parts, renderer
 from edgeprune.cli import app
-from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.errors import BadInput
 from edgeprune.files import cache_dir
 from edgeprune.fitting import fit
 from edgeprune.shipping import TARGETS
-from edgeprune.shipping.proof import LEAST_ELSEWHERE, Proof, read_proofs
+from edgeprune.shipping.proof import LEAST_ELSEWHERE, Proof, read_proofs, write_proofs
 from edgeprune.shipping.to_ollama import go_template, without_beginning
 from edgeprune.shipping.to_transformers_js import VERSION
 
@@ -147,6 +147,7 @@ def test_a_template_that_has_no_such_form_is_refused() -> None:
 def test_go_renders_ollamas_template_as_the_models(run: Path, tmp_path: Path) -> None:
     folder = ship(run, "ollama", tmp_path / "out")
     text = (folder / "Modelfile").read_text()
+    assert 'LICENSE """You may."""' in text and "PARAMETER num_gpu 0\n" in text
     assert text.startswith("FROM ./model.gguf\n") and f"PARAMETER num_ctx {facts_of(folder)['n_ctx']}\n" in text
     written = text.partition('TEMPLATE """')[2].partition('"""')[0]
     renders: list[Render] = [render for render in [renderer(run / "best")] if render]
@@ -216,7 +217,7 @@ def _logits(module: Any, ids: list[int]) -> torch.Tensor:
         return torch.Tensor(module(input_ids=torch.tensor([ids])).logits)
 
 
-def test_stock_transformers_loads_what_huggingface_gets(uniform: Path, tmp_path: Path) -> None:
+def test_stock_transformers_loads_what_huggingface_gets(uniform: Path, chat_model: Path, tmp_path: Path) -> None:
     folder = ship(uniform, "huggingface", tmp_path / "out")
     stock = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     (checkpoint,) = (uniform / "checkpoints").iterdir()
@@ -232,6 +233,9 @@ def test_stock_transformers_loads_what_huggingface_gets(uniform: Path, tmp_path:
     assert facts["runtime"] == "pytorch" and facts["predicted"] is facts["measured"] is facts["memory_need_mib"] is None
     assert "per_layer_config" not in card
     assert verify(folder).ok
+    for name in ("README.md", "provenance.json"):  # a project's folders are nobody else's business
+        text = (folder / name).read_text()
+        assert str(uniform.parent) not in text and str(chat_model.parent) not in text, name
 
 
 def test_a_demo_model_is_named_by_the_repository_its_weights_are_from(uniform: Path, tmp_path: Path) -> None:
@@ -241,6 +245,30 @@ def test_a_demo_model_is_named_by_the_repository_its_weights_are_from(uniform: P
     (run / "fit.json").write_text(json.dumps(record))
     card = (ship(run, "huggingface", tmp_path / "out") / "README.md").read_text()
     assert "\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in card.split("---\n")[1]
+
+
+def test_an_answer_of_no_tokens_proves_nothing(tmp_path: Path) -> None:
+    write_proofs(tmp_path, [Proof("model.gguf", "llamacpp", "build", "machine", "prompt", (1,), (), "")])
+    with pytest.raises(BadInput, match="an answer of no tokens"):
+        read_proofs(tmp_path)
+
+
+@pytest.mark.timeout(60, method="thread")  # the other method has the timer that the limit needs
+def test_a_template_without_end_is_given_up(chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.chat.RENDER_S", 0.2)
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abcd") + "{% endfor %}" * 4
+    for text in (loops, CHATML):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": text}))
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        render = renderer(folder)
+        assert render is not None
+        if text == loops:
+            with pytest.raises(BadInput, match=r"not rendered after 0\.2 s"):
+                render([{"role": "user", "content": "Hello."}], True)
+        else:
+            assert "Hello." in render([{"role": "user", "content": "Hello."}], True)
 
 
 def test_of_several_chat_templates_the_default_one_is_shipped(tmp_path: Path) -> None:
@@ -292,9 +320,10 @@ def test_layers_that_differ_are_shipped_with_their_loader_named(run: Path, tmp_p
 @pytest.mark.parametrize("to, place", [("android", "android/app/src/main/assets/model"), ("ios", "ios/model")])
 def test_apps_get_the_file_in_their_layout(run: Path, tmp_path: Path, to: str, place: str) -> None:
     folder = ship(run, to, tmp_path / "out")
-    assert sorted(path.name for path in (folder / place).iterdir()) == ["bundle.json", "model.gguf"]
+    assert sorted(path.name for path in (folder / place).iterdir()) == ["LICENSE", "bundle.json", "model.gguf"]
     loader = (folder / "loadModel.ts").read_text()
-    assert "initLlama({ model: path, n_ctx: 128" in loader and json.dumps(facts_of(folder / place)["stop"]) in loader
+    assert "initLlama({ model: path, n_ctx: 128" in loader and "n_gpu_layers: 0" in loader  # nobody measured another
+    assert json.dumps(facts_of(folder / place)["stop"]) in loader
     assert verify(folder).ok
 
 
@@ -480,15 +509,20 @@ def test_wrong_use_is_told_in_a_line(run: Path, uniform: Path, chat_model: Path,
         ship(shutil.copytree(run, tmp_path / "third", ignore=shutil.ignore_patterns("checkpoints")), "huggingface")
 
 
-def test_a_dense_answer_needs_the_model_it_was_fitted_to(chat_model: Path, tmp_path: Path, short_fit: None) -> None:
+def test_a_dense_answer_needs_the_model_it_was_fitted_to(
+    chat_model: Path, tmp_path: Path, short_fit: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgeprune.devices import Budget
 
     gone = shutil.copytree(chat_model, tmp_path / "model")
     out = tmp_path / "run"
-    assert fit(gone, "rpi5", Budget(context=128), out=out, targets=["Q8_0"], threads=2).chosen.dense
+    monkeypatch.chdir(tmp_path)
+    assert fit("model", "rpi5", Budget(context=128), out=out, targets=["Q8_0"], threads=2).chosen.dense
     assert not (out / "checkpoints").exists()
+    monkeypatch.chdir(out)  # where the run is shipped from does not matter
+    assert verify(ship(out, "huggingface", tmp_path / "first")).ok
     shutil.rmtree(gone)
-    with pytest.raises(EdgepruneError, match="no such file or folder"):
+    with pytest.raises(BadInput, match=r"no such file or folder.*--model"):
         ship(out, "huggingface")
     other = save_llama(tmp_path / "other", seed=5, intermediate_size=512, max_position_embeddings=512)
     with pytest.raises(BadInput, match="not the model that was fitted"):

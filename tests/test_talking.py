@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -76,6 +77,20 @@ def test_characters_come_whole_and_nothing_is_computed_twice() -> None:
     assert "".join(talk.say("again")) == "é 雨"
     assert model.computed == first + len("<u>again<a>") + 6
     assert talk.n_tokens == 7 and talk.tokens_per_s > 0
+
+
+def test_an_answer_cut_inside_a_character_is_told_up_to_it() -> None:
+    class Pieces(Echo):
+        """Tokens 1 and 2 are several bytes each, the last of which begins a character."""
+
+        def decode(self, tokens: Sequence[int]) -> str:
+            return b"".join({1: b"Hi ", 2: b"caf\xc3"}.get(token, b"") for token in tokens).decode(errors="replace")
+
+    model = Pieces("", 400)
+    model.says = [1, 2, 0]
+    talk = Conversation(model, _plain, {0})  # type: ignore[arg-type]
+    assert list(talk.say("hello")) == ["Hi ", "caf"]
+    assert talk.messages[-1]["content"] == "Hi caf"
 
 
 def test_the_oldest_turns_go_when_the_context_is_full() -> None:
@@ -173,6 +188,22 @@ def test_a_client_of_openai_completes_against_serve(run: Path, server: str) -> N
         assert "access-control-allow-origin" not in {key.lower() for key in answer.headers}
     with pytest.raises(urllib.error.HTTPError, match="400"):  # a name that was made to lead here
         _get(f"{server}/v1/models", Host="rebound.example.org")
+
+
+def test_a_second_request_breaks_no_answer(run: Path, server: str) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    ask = {"model": Run.open(run).bundle("llamacpp").folder.name, "temperature": 0.0}
+    stream = client.completions.create(prompt="One", max_tokens=100, stream=True, **ask)
+    first = next(iter(stream))
+    answers: list[Any] = []
+    other = threading.Thread(
+        target=lambda: answers.append(client.completions.create(prompt="Two", max_tokens=4, **ask))
+    )
+    other.start()
+    reasons = [first.choices[0].finish_reason, *(part.choices[0].finish_reason for part in stream)]
+    other.join(30)
+    assert reasons[-1] in ("length", "stop") and len(answers) == 1
 
 
 def test_serve_refuses_what_llama_cpp_does_not_run(run: Path) -> None:

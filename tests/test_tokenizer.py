@@ -8,7 +8,7 @@ from typing import Any
 from unicodedata import category
 
 import pytest
-from conftest import SENTENCES, MakeLlama
+from conftest import SENTENCES, MakeLlama, save_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -234,6 +234,24 @@ def test_difference_is_found(tmp_path: Path) -> None:
     values = GgufFile(gguf).values("tokenizer.") | {"tokenizer.ggml.pre": Value("smollm", ValueType.STRING)}
     with pytest.raises(StageFailed, match="differ on '0 7 42"):
         prove_same_ids(write_metadata(tmp_path / "other.gguf", "llama", values), folder)
+
+
+def test_special_tokens_that_take_the_space_after_them_away(tmp_path: Path) -> None:
+    """Phi-3's: llama.cpp does it under that name only, which a folder of another name gets."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = sentencepiece()
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    stripping = ["</s>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+    tokenizer.add_special_tokens([AddedToken(token, rstrip=True, normalized=False) for token in stripping])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|endoftext|>")
+    folder = save_llama(tmp_path / "pruned", vocab_size=tokenizer.get_vocab_size())
+    for old in folder.glob("*token*"):
+        old.unlink()
+    fast.save_pretrained(folder)
+    path = write_gguf(folder, tmp_path / "model.gguf")
+    assert "phi-3" in str(GgufFile(path).metadata["general.name"])
+    assert prove_same_ids(path, folder)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -227,12 +227,14 @@ def test_sizes_and_ratios(tiny: Any) -> None:
     shape = tiny.shape
     assert wanted_size(shape, size=300) == 288
     assert wanted_size(shape, size=300, multiple=1) == 300
-    assert wanted_size(shape, size=10**6, multiple=1) == shape.vocab
     rows = wanted_size(shape, ratio=0.1, multiple=1)
     gone = (shape.vocab - rows) * shape.hidden / shape.parameters
     assert 0.1 <= gone < 0.1 + shape.hidden / shape.parameters
     with pytest.raises(BadInput, match="size or a ratio"):
         wanted_size(shape)
+    for size in (shape.vocab, 10**6):
+        with pytest.raises(BadInput, match="nothing to remove"):
+            wanted_size(shape, size=size)
     with pytest.raises(BadInput, match="of all parameters"):
         wanted_size(shape, ratio=0.9)
 
@@ -375,6 +377,10 @@ def test_padding_rows_go_and_the_files_of_slow_tokenizers_follow(
         "top_k": 5,
     }
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == [plan.kept.index(0), plan.kept.index(5)]
+    for wrong in ({"suppress_tokens": 5}, {"bad_words_ids": [1, 2]}):
+        write_json(source / "generation_config.json", wrong)
+        with pytest.raises(BadInput, match="lists no ids"):
+            prune_vocabulary(source, plan, tmp_path / "wrong")
 
 
 def test_a_plan_for_another_model_or_with_holes_is_refused(

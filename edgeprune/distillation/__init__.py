@@ -51,7 +51,11 @@ METHODS: dict[str, Method] = {
     "best-of": Method("best_of", "the best of a few random sets, by pruning with each", kind="write"),
     "self-generated": Method("self_generated", "the model writes it", kind="write", writes=True),
     "synthetic": Method(
-        "synthetic", "the model writes it, matched to the source's gradient, edited", kind="write", writes=True
+        "synthetic",
+        "the model writes it, matched to the source's gradient, edited",
+        ("gradients",),
+        kind="write",
+        writes=True,
     ),
     "soft": Method("soft", "embeddings and soft labels that train one model, as safetensors", kind="make", writes=True),
 }

@@ -20,7 +20,7 @@ from edgeprune.distillation.labelled import LabelledReadings
 from edgeprune.distillation.pool import LENGTH, Fields, Pool, make_pool, source_of
 from edgeprune.distillation.readings import ModelReadings, Reading
 from edgeprune.errors import BadInput
-from edgeprune.files import atomic_file, cache_dir, sha256, write_json, write_text
+from edgeprune.files import atomic_file, cache_dir, sha256, writable, write_json, write_text
 from edgeprune.record import environment
 from edgeprune.recovery_inputs import same_vocabulary, shared_tokenizer
 from edgeprune.runtimes.pytorch import bos_of, load_tokenizer
@@ -114,7 +114,7 @@ def distil(
     if method == AUTO:
         method = auto(fields.label is not None)
     entry = method_named(method)
-    _check(out, entry, method, student)
+    _check(out, entry, method, student, source)
     with tempfile.TemporaryDirectory(prefix="edgeprune-distil-") as name:
         scratch = Path(name)
         cache = cache_dir() if resume else scratch
@@ -125,6 +125,12 @@ def distil(
             model = same_vocabulary(student, model, cache, say)
             tokenizer = shared_tokenizer(student, model, None)
         dense, pruned = Checkpoint(model), None if student is None else Checkpoint(student)
+        if length > dense.shape.max_positions:
+            raise BadInput(
+                f"pieces of {length} tokens for a model of {dense.shape.max_positions}",
+                where="--length",
+                remedy="ask for shorter ones",
+            )
         texts = source_of(source)
         pool = make_pool(texts, tokenizer, fields=fields, length=length, folder=cache / "pools", progress=say)
         there, tokens_there = len(pool), pool.tokens
@@ -139,13 +145,13 @@ def distil(
             return ModelReadings(pieces, dense, pruned, how, where, bos=bos_of(tokenizer), say=say)
 
         order = Order(pool, quota, model, student, reader, seed, scratch, cache, say, length)
-        written = _made(order, entry, out, tokenizer)
+        written, count = _made(order, entry, out, tokenizer)
     encoded = tokenizer(list(written.texts), add_special_tokens=False, verbose=False)["input_ids"] if written else []
     result = Distilled(
         out,
         record_path(out),
         method,
-        texts=len(written.texts) if written else (per_class or 0) * len(pool.classes),
+        texts=count,
         tokens=sum(map(len, encoded)) if written else None,
         pool_pieces=there,
         pool_tokens=tokens_there,
@@ -174,18 +180,19 @@ def distil(
     return result
 
 
-def _made(order: Order, entry: Method, out: Path, tokenizer: Any) -> Written | None:
-    """Write `out`; what is in it, or None where that is no text."""
+def _made(order: Order, entry: Method, out: Path, tokenizer: Any) -> tuple[Written | None, int]:
+    """Write `out`; the texts in it, or None where it holds none, and how many there are of whatever it holds."""
     if entry.kind == "make":
-        entry.load().make(order).save(out)
-        return None
+        made = entry.load().make(order)
+        made.save(out)
+        return None, len(made.embeddings)
     written: Written = entry.load().write(order) if entry.kind == "write" else _selected(order, entry)
     if order.quota.tokens is not None:
         written = within(written, order.quota.tokens, tokenizer)
     if not written.texts:
         raise BadInput("no text of the source is that small", where="--tokens", remedy="ask for more")
-    _write(out, written)
-    return written
+    _write(out, written, order.pool)
+    return written, len(written.texts)
 
 
 def _quota(tokens: int | None, per_class: int | None, fields: Fields) -> Quota:
@@ -200,12 +207,18 @@ def _quota(tokens: int | None, per_class: int | None, fields: Fields) -> Quota:
     return Quota(tokens, per_class)
 
 
-def _check(out: Path, entry: Method, method: str, student: str | Path | None) -> None:
+def _check(out: Path, entry: Method, method: str, student: str | Path | None, source: Sequence[str]) -> None:
     suffix = ".safetensors" if entry.kind == "make" else ".jsonl"
     if out.suffix != suffix:
         raise BadInput(f"{method} writes a file that ends in {suffix}", where=out, remedy="choose another --out")
     if entry.student and student is None:
         raise BadInput(f"{method} compares with a pruned model", remedy="name one with --student")
+    for path in (Path(name).expanduser().resolve() for name in source):
+        if path == out.resolve() or path in out.resolve().parents:
+            raise BadInput("lies in what is distilled", where=out, remedy="choose another --out")
+    if out.exists() and not record_path(out).exists():
+        raise BadInput("exists and is none of distill's files", where=out, remedy="choose another --out")
+    writable(out)
 
 
 def _selected(order: Order, entry: Method) -> Written:
@@ -274,12 +287,12 @@ def _spans(text: str, tokenizer: Any) -> list[tuple[int, int]]:
     return list(encoded["offset_mapping"])
 
 
-def _write(out: Path, written: Written) -> None:
+def _write(out: Path, written: Written, pool: Pool) -> None:
     with atomic_file(out) as temporary, temporary.open("w", encoding="utf-8") as file:
         for i, text in enumerate(written.texts):
             record: dict[str, Any] = {"text": text}
             if written.labels is not None:
-                record["label"] = written.labels[i]
+                record["label"] = pool.label_of(written.labels[i])
             if written.weights is not None:
-                record["weight"] = round(written.weights[i], 4)
+                record["weight"] = float(f"{written.weights[i]:.6g}")  # never 0
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

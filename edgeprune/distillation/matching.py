@@ -13,9 +13,11 @@ _LEAST_WEIGHT = 0.1  # of the mean weight
 
 
 def herd(features: Floats, target: Floats, basket: Basket) -> Indices:
-    """Herding (Welling 2009): one by one the row that brings the mean of the chosen ones nearest to the target.
+    """Herding: one by one the row that brings the mean of the chosen ones nearest to the target (iCaRL's Algorithm 4,
+    arXiv 1611.07725).
 
-    That is the Frank-Wolfe method on the rows' convex hull with steps of 1/t (Bach et al., arXiv 1203.4523).
+    Rows of one norm are chosen as by Welling's herding (2009), which is the Frank-Wolfe method on the rows' convex hull
+    with steps of 1/t (Bach et al., arXiv 1203.4523); of others this prefers short ones.
 
     Args:
         features: (n, k).

@@ -1,7 +1,8 @@
 """A pool of text on disk, cut into pieces of a few hundred tokens: what a distillation chooses from.
 
 It is made in one pass over a source that may be larger than memory. In memory is, for each piece, where it lies in the
-files: 32 bytes. Pieces that are in the source more than once are in the pool once.
+files: 32 bytes; and while it is made, a mark that tells repeats. Pieces that are in the source more than once are in
+the pool once, or once under each label that they have there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.calibration import licence_of
-from edgeprune.corpus import TEXT_FIELDS, corpus, hub_records, record_text, records, up_to
+from edgeprune.corpus import TEXT_FIELDS, corpus, hub_records, record_text, records, text_path, up_to
 from edgeprune.errors import BadInput
 from edgeprune.files import atomic_folder, cache_dir, read_json, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LENGTH = 256  # tokens of a piece: a window of recovery
 _LEAST = 8  # tokens; less says nothing
 _BATCH = 256  # documents tokenised at once
@@ -55,7 +57,7 @@ def source_of(names: Sequence[str]) -> Source:
         BadInput: nothing of that name, or a kind of file that is not read.
     """
     paths = [Path(name).expanduser() for name in names]
-    if len(names) == 1 and not paths[0].exists() and "/" in names[0] and not names[0].startswith((".", "/", "~")):
+    if len(names) == 1 and not paths[0].is_dir() and text_path(names[0]) is None:
         return Source(
             names[0],
             _hub_hash(names[0]),
@@ -121,6 +123,10 @@ class Pool:
     def classes(self) -> list[str]:
         """Names of the labels; none without labels."""
         return list(self.facts["classes"])
+
+    def label_of(self, name: str) -> Any:
+        """The label of a class as the source has it: a number stays one."""
+        return self.facts["classes"][name]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -193,9 +199,9 @@ def make_pool(
     return Pool(path)
 
 
-def _batches(source: Source, fields: Fields) -> Iterator[list[tuple[str, str | None]]]:
-    """Texts with their labels, a batch at a time."""
-    batch: list[tuple[str, str | None]] = []
+def _batches(source: Source, fields: Fields) -> Iterator[list[tuple[str, Any]]]:
+    """Texts with their labels (None: without), a batch at a time."""
+    batch: list[tuple[str, Any]] = []
     names = [name for name in fields.text if name != fields.label]  # a text that tells its class would be chosen for it
     for number, record in enumerate(source.read(), start=1):
         text = record_text(record, names)
@@ -207,7 +213,6 @@ def _batches(source: Source, fields: Fields) -> Iterator[list[tuple[str, str | N
                 raise BadInput(
                     f"record {number} has no {lacking}", where=source.name, remedy="name the fields of text and label"
                 )
-            label = str(label)
         if text:
             batch.append((text, label))
         if len(batch) == _BATCH:
@@ -223,13 +228,14 @@ class _Writer:
     def __init__(self, folder: Path, tokenizer: Any, length: int, repeats: bool) -> None:
         self._folder, self._tokenizer, self._length, self._repeats = folder, tokenizer, length, repeats
         self._text, self._ids = (folder / "text.bin").open("wb"), (folder / "ids.bin").open("wb")
-        self._spans: list[NDArray[np.int64]] = []
+        self._spans = array("q")  # four of each piece
         self._labels: list[int] = []
         self._classes: dict[str, int] = {}
+        self._values: dict[str, Any] = {}  # labels as they were, by name
         self._seen: set[bytes] = set()
         self.tokens = 0
 
-    def add(self, batch: Sequence[tuple[str, str | None]]) -> None:
+    def add(self, batch: Sequence[tuple[str, Any]]) -> None:
         """Cut texts and write their pieces."""
         encoded = self._tokenizer(
             [text for text, _ in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -241,8 +247,9 @@ class _Writer:
                 piece = text[begin : offsets[stop][0] if stop < len(offsets) else len(text)]
                 self._piece(piece.encode("utf-8", errors="replace"), ids[start:stop], label)
 
-    def _piece(self, text: bytes, ids: Sequence[int], label: str | None) -> None:
-        mark = hashlib.blake2b(text, digest_size=16).digest()
+    def _piece(self, text: bytes, ids: Sequence[int], label: Any) -> None:
+        known = text if label is None else text + b"\0" + str(label).encode()
+        mark = hashlib.blake2b(known, digest_size=16).digest()
         if not self._repeats and (mark in self._seen or (len(ids) < _LEAST and label is None)):
             return
         self._seen.add(mark)
@@ -250,10 +257,11 @@ class _Writer:
         self._text.write(text)
         self._ids.write(np.asarray(ids, dtype=np.uint32).tobytes())
         span = (begin, begin + len(text), self.tokens, self.tokens + len(ids))
-        self._spans.append(np.array(span, dtype=np.int64))
+        self._spans.extend(span)
         self.tokens += len(ids)
         if label is not None:
-            self._labels.append(self._classes.setdefault(label, len(self._classes)))
+            self._values.setdefault(str(label), label)
+            self._labels.append(self._classes.setdefault(str(label), len(self._classes)))
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Write the index."""
@@ -261,13 +269,13 @@ class _Writer:
         self._ids.close()
         if not self._spans:
             raise BadInput("the text has too few tokens", where=facts["source"])
-        np.save(self._folder / "spans.npy", np.stack(self._spans))
+        np.save(self._folder / "spans.npy", np.array(self._spans, dtype=np.int64).reshape(-1, 4))
         if self._labels:
             # Classes by name, whatever order they come in.
             names = sorted(self._classes)
             places = np.array([names.index(name) for name in self._classes])
             np.save(self._folder / "labels.npy", places[np.array(self._labels)])
-        write_json(self._folder / "pool.json", {**facts, "classes": sorted(self._classes)})
+        write_json(self._folder / "pool.json", {**facts, "classes": dict(sorted(self._values.items()))})
 
 
 def cut(text: str, offsets: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from edgeprune.errors import BadInput, StageFailed
 from edgeprune.files import read_json, write_json
+from edgeprune.host import gather
+from edgeprune.recognise import recognise
 from edgeprune.reference import machine
 from edgeprune.runtimes.isolate import run_isolated
 from edgeprune.samples import ask
@@ -80,6 +82,11 @@ def build(runtime: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
+def _processor() -> str:
+    """What tokens may depend on beside the build: virtual machines give processors of many kinds one name."""
+    return f"{machine()} ({' '.join(recognise(gather()).isa)})"
+
+
 def prove(folder: Path, entry: Entry, prompt: str, *, n_ctx: int, stop: Sequence[int], threads: int) -> Proof:
     """Load an entry of a folder in its runtime and let it answer, in a context of at most `n_ctx` tokens.
 
@@ -92,7 +99,7 @@ def prove(folder: Path, entry: Entry, prompt: str, *, n_ctx: int, stop: Sequence
         entry.path,
         entry.runtime,
         build(entry.runtime),
-        machine(),
+        _processor(),
         prompt,
         tuple(found["prompt_tokens"]),
         tuple(found["tokens"]),
@@ -115,6 +122,8 @@ def _proof(value: dict[str, Any]) -> Proof:
         isinstance(each, tuple) and all(type(i) is int for i in each) for each in (proof.prompt_tokens, proof.tokens)
     ):
         raise TypeError("a field that should list tokens does not")
+    if not proof.tokens:
+        raise TypeError("an answer of no tokens proves nothing")
     return proof
 
 
@@ -157,6 +166,6 @@ def check(folder: Path, proof: Proof, threads: int) -> Verdict:
     if done.status != "ok":
         raise StageFailed(f"{done.status}: {done.reason}", where=path)
     found = done.value
-    here = (proof.machine, proof.build) == (machine(), build(proof.runtime))
+    here = (proof.machine, proof.build) == (_processor(), build(proof.runtime))
     equal = sum(a == b for a, b in zip(found, proof.tokens, strict=True))
     return Verdict(proof.path, equal, len(proof.tokens), here)

@@ -87,8 +87,8 @@ class Run:
                 remedy=again,
             )
         try:
-            return cls(folder, record, model or str(record["model"]["name"]))
-        except (KeyError, TypeError) as error:
+            return cls(folder, record, model or str(record["model"].get("path") or record["model"]["name"]))
+        except (KeyError, TypeError, AttributeError) as error:
             raise BadInput("does not say of which model it is", where=folder / "fit.json", remedy=again) from error
 
     def bundle(self, runtime: str | None = None) -> Bundle:
@@ -122,7 +122,12 @@ class Run:
         Raises:
             BadInput: it is no longer there, or another one.
         """
-        folder = checkpoint_folder(resolve(self.model, say=say), say=say)
+        try:
+            source = resolve(self.model, say=say)
+        except BadInput as error:
+            told = f"the dense model cannot be had ({error.what})"
+            raise BadInput(told, where=self.model, remedy="say with --model where it is") from error
+        folder = checkpoint_folder(source, say=say)
         if Checkpoint(folder).hash() != self.record["model"]["sha256"]:
             raise BadInput("not the model that was fitted", where=self.model, remedy="name that one with --model")
         return folder

@@ -8,11 +8,9 @@ from edgeprune.checkpoint import GGUF_TOKENIZER, WEIGHTS, Checkpoint
 from edgeprune.errors import BadInput, missing_extra
 from edgeprune.fetch import DEMO_MODELS
 from edgeprune.files import read_json, write_json, write_text
-from edgeprune.models import CODE_KEYS, COMPANIONS, HUB_ID
+from edgeprune.models import CARD, CODE_KEYS, HUB_ID, companions
 from edgeprune.per_layer import KEY
 from edgeprune.shipping.job import Entry, Job
-
-CARD = "README.md"
 
 
 def write(job: Job) -> list[Entry]:
@@ -21,7 +19,7 @@ def write(job: Job) -> list[Entry]:
     config = {key: value for key, value in read_json(source / "config.json").items() if key not in CODE_KEYS}
     write_json(job.out / "config.json", config)
     weights = [path.name for path in Checkpoint(source).files]
-    job.copy(*weights, f"{WEIGHTS}.index.json", *COMPANIONS, source=source)
+    job.copy(*weights, f"{WEIGHTS}.index.json", *companions(source), source=source)
     (job.out / GGUF_TOKENIZER).unlink(missing_ok=True)  # for edgeprune alone; tokenizer.json says the same
     job.copy("prune_plan.json")
     job.write_bundle_json(".", runtime="pytorch", quantisation=None)
@@ -64,8 +62,8 @@ def push(folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
-        # Weights of an earlier upload, in other files, would be loaded before these.
-        stale = ["*.safetensors", "*.safetensors.index.json"]
+        # Files of an earlier upload, under other names, would be loaded before these.
+        stale = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA256SUMS"]
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="edgeprune ship", delete_patterns=stale
         )

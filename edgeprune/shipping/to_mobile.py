@@ -11,10 +11,12 @@ import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeprune.checkpoint import TOKENIZER_FILES, Checkpoint
 from edgeprune.export.onnx_graph import LOGITS_KEPT, Layout, write_graph
 from edgeprune.files import write_text
+from edgeprune.models import copy_files, terms
 from edgeprune.shipping.job import BUNDLE_JSON, Entry, Job
 from edgeprune.shipping.to_gguf import MODEL
 
@@ -56,6 +58,7 @@ def _write(job: Job, place: Place) -> list[Entry]:
     (job.out / place.folder).mkdir(parents=True)
     entry, loader = write(job, place)
     (job.out / BUNDLE_JSON).rename(job.out / place.folder / BUNDLE_JSON)
+    copy_files(job.bundle.folder, job.out / place.folder, terms(job.bundle.folder))  # an app has no other folder of it
     write_text(job.out / LOADER, loader)
     return [entry]
 
@@ -110,13 +113,26 @@ def llama_rn_loader(job: Job, place: Place) -> str:
     facts = job.bundle.facts
     memory = f", as it was fitted; it needs {facts['memory_need_mib']:.0f} MiB of memory"
     head = _head(place, MODEL, "llama.rn", memory)
+    settings = facts["settings"]
+    # llama.rn by itself would take whatever GPU there is, which nobody measured.
+    told: dict[str, Any] = {
+        "n_ctx": facts["n_ctx"],
+        "n_threads": facts["threads"],
+        "n_gpu_layers": settings.get("gpu_layers", 0),
+    }
+    if "n_ubatch" in settings:
+        told["n_ubatch"] = settings["n_ubatch"]
+    if settings.get("flash_attn") is False:
+        told["flash_attn_type"] = "off"
+    if settings.get("cache_type") == "Q8_0":
+        told["cache_type_k"] = told["cache_type_v"] = "q8_0"
     return f"""{head}import {{ initLlama, type LlamaContext }} from 'llama.rn'
 
 export type Message = {{ role: 'system' | 'user' | 'assistant'; content: string }}
 
 /** Open the model file at `path`. */
 export async function loadModel(path: string): Promise<LlamaContext> {{
-  return initLlama({{ model: path, n_ctx: {facts["n_ctx"]}, n_threads: {facts["threads"]} }})
+  return initLlama({{ model: path, {", ".join(f"{name}: {json.dumps(value)}" for name, value in told.items())} }})
 }}
 
 /** The answer to a conversation, token by token to `onToken`. */

@@ -13,6 +13,7 @@ from dataclasses import replace
 from edgeprune.chat import SOME_DAY, ChatParts, chat_parts, renderer
 from edgeprune.errors import BadInput
 from edgeprune.files import write_text
+from edgeprune.models import terms
 from edgeprune.runtimes.gguf_file import GgufFile
 from edgeprune.runtimes.pytorch import load_tokenizer
 from edgeprune.shipping.job import Entry, Job
@@ -41,9 +42,12 @@ def modelfile(job: Job) -> str:
     if parts := _parts(job):
         lines.append(f'TEMPLATE """{go_template(parts)}"""')
     lines += [f"PARAMETER num_ctx {facts['n_ctx']}", f"PARAMETER num_thread {facts['threads']}"]
+    lines.append(f"PARAMETER num_gpu {facts['settings'].get('gpu_layers', 0)}")
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in _stops(job)]
-    if facts["licence"]:
-        lines.append(f'LICENSE """{facts["licence"]}"""')
+    texts = [(job.bundle.folder / name).read_text("utf-8", "replace") for name in terms(job.bundle.folder)]
+    for text in texts or filter(None, [facts["licence"]]):
+        quotes = '"""'
+        lines.append(f"LICENSE {quotes}{text.strip().replace(quotes, chr(39) * 3)}{quotes}")
     return "\n".join(lines) + "\n"
 
 
