@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import psutil
+
 from edgeprune.errors import BadInput
 
 Message = Mapping[str, str]  # "role" and "content"
 Render = Callable[[Sequence[Message], bool], str]  # (messages, whether an answer is to follow) -> text
 
 RENDER_S = 10.0  # a conversation takes milliseconds
+RENDER_BYTES = 1 << 30  # and some kilobytes
 # The day that Llama 3.1's and 3.2's templates name where nothing tells them the date.
 SOME_DAY = date(2024, 7, 26)
 
@@ -63,13 +66,13 @@ def renderer(folder: Path, today: date | None = None) -> Render | None:
 
     def render(messages: Sequence[Message], answer: bool) -> str:
         try:
-            with _time_limit():
+            with _time_limit(), _memory_limit():
                 text = tokenizer.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=answer, **told
                 )
             return str(text)
         except Exception as error:  # whatever the template raises, or jinja2 of it
-            line = " ".join(str(error).split())[:200]
+            line = " ".join(str(error).split())[:200] or type(error).__name__
             raise BadInput(f"the chat template does not take this conversation ({line})", where=folder) from error
 
     return render
@@ -94,6 +97,28 @@ def _time_limit() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _memory_limit() -> Iterator[None]:
+    """Let the process have no more than `RENDER_BYTES` beside what it has: a template may ask for a text of any length.
+    Where the system has no such limit (macOS, Windows), there is none."""
+    try:
+        import resource
+    except ImportError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = psutil.Process().memory_info().vms + RENDER_BYTES
+    if soft not in (-1, resource.RLIM_INFINITY) and soft <= most:
+        yield
+        return
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -269,6 +270,20 @@ def test_a_template_without_end_is_given_up(chat_model: Path, tmp_path: Path, mo
                 render([{"role": "user", "content": "Hello."}], True)
         else:
             assert "Hello." in render([{"role": "user", "content": "Hello."}], True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such limit there")
+def test_a_template_that_asks_for_all_memory_gets_none(chat_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    greedy = "{{ messages[0].content.center(1500000000) }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": greedy}))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    render = renderer(folder)
+    assert render is not None
+    with pytest.raises(BadInput, match="MemoryError"):
+        render([{"role": "user", "content": "Hello."}], True)
+    assert len(bytearray(1 << 30)) == 1 << 30  # the limit is gone
 
 
 def test_of_several_chat_templates_the_default_one_is_shipped(tmp_path: Path) -> None:
